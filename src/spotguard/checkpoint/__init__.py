@@ -1,0 +1,7 @@
+"""What a checkpoint is on paper: records, keys and digests. No I/O, no torch."""
+
+from spotguard.checkpoint.digest import Digest, digest_of
+from spotguard.checkpoint.layout import CheckpointId
+from spotguard.checkpoint.records import Claim, Manifest, RunRecord, ShardRecord
+
+__all__ = ["CheckpointId", "Claim", "Digest", "Manifest", "RunRecord", "ShardRecord", "digest_of"]

@@ -1,0 +1,140 @@
+"""The error tree. Every error says what to do next; every class is also the builtin a caller would already catch.
+
+::
+
+    SpotguardError (Exception)
+    +-- ConfigError (ValueError)                     an argument or a setting is wrong
+    |   +-- StateMismatchError                       the state on resume is not the state that was saved
+    +-- StoreError (OSError)                         a store could not do what was asked
+    |   +-- TransientStoreError                      worth a retry
+    |   +-- ObjectExistsError (FileExistsError)      an exclusive create lost the race
+    |   +-- ObjectNotFoundError (FileNotFoundError)
+    |   +-- StoreAccessError (PermissionError)
+    |   +-- DeadlineExceededError (TimeoutError)     the object was not written in time; nothing is visible
+    +-- CheckpointError (Exception)
+    |   +-- CheckpointDamagedError (ValueError)      proof of damage: a size or a digest differs
+    |   +-- CheckpointNotFoundError (FileNotFoundError)
+    |   +-- NoUsableCheckpointError (RuntimeError)   checkpoints were found and all were rejected
+    |   +-- FormatTooNewError (RuntimeError)         written by a later release of spotguard
+    +-- SaveError (RuntimeError)                     several saves in a row failed
+    +-- FencedError (RuntimeError)                   a later attempt has taken over the run
+
+    Preempted (SystemExit)                           the final checkpoint is committed; leave with a code that is not 0
+
+`Preempted` is outside the tree on purpose: ``except SpotguardError`` must not keep a process alive that has to go.
+"""
+
+__all__ = [
+    "CheckpointDamagedError",
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "ConfigError",
+    "DeadlineExceededError",
+    "FencedError",
+    "FormatTooNewError",
+    "InexactResumeWarning",
+    "NoUsableCheckpointError",
+    "ObjectExistsError",
+    "ObjectNotFoundError",
+    "Preempted",
+    "SaveError",
+    "SpotguardError",
+    "StateMismatchError",
+    "StoreAccessError",
+    "StoreError",
+    "TransientStoreError",
+]
+
+
+class SpotguardError(Exception):
+    """Root of every error that spotguard raises."""
+
+
+class ConfigError(SpotguardError, ValueError):
+    """An argument or a setting is wrong; the message names it and the remedy."""
+
+
+class StateMismatchError(ConfigError):
+    """What the script offers on resume is not what the checkpoint holds."""
+
+
+class StoreError(SpotguardError, OSError):
+    """A store could not do what was asked, and asking again would not help."""
+
+
+class TransientStoreError(StoreError):
+    """A store could not do what was asked now; a retry may succeed."""
+
+
+class ObjectExistsError(StoreError, FileExistsError):
+    """An exclusive create found the key taken."""
+
+
+class ObjectNotFoundError(StoreError, FileNotFoundError):
+    """The key, or that version of it, does not exist."""
+
+
+class StoreAccessError(StoreError, PermissionError):
+    """The store refused access. Never reported as "not found"."""
+
+
+class DeadlineExceededError(StoreError, TimeoutError):
+    """The deadline passed before the object was whole. Nothing of it is visible."""
+
+
+class CheckpointError(SpotguardError):
+    """Something about a checkpoint."""
+
+
+class CheckpointDamagedError(CheckpointError, ValueError):
+    """Proof of damage: bytes are missing, too many, or not those that were committed."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """No committed checkpoint answers to that description."""
+
+
+class NoUsableCheckpointError(CheckpointError, RuntimeError):
+    """The run has checkpoints and every one of them was rejected. Training does not start from zero in silence."""
+
+
+class FormatTooNewError(CheckpointError, RuntimeError):
+    """Written by a later release of spotguard. Not damage: upgrade, or roll back to an older checkpoint."""
+
+
+class SaveError(SpotguardError, RuntimeError):
+    """Several saves in a row failed; going on would mean training without a net."""
+
+
+class FencedError(SpotguardError, RuntimeError):
+    """A later attempt has claimed this run; this process must not write to it any more."""
+
+
+class InexactResumeWarning(UserWarning):
+    """Something cannot be restored bit for bit; the message names it."""
+
+
+class Preempted(SystemExit):  # noqa: N818 - an exit, not an error
+    """Raised at a step boundary once the final checkpoint is committed.
+
+    It is a `SystemExit`: left alone, the process ends with `code`, which is never 0 while work remains, so that a
+    scheduler starts it again. 143 is what a shell reports for a process ended by SIGTERM (128 + 15).
+
+    Attributes:
+        code: The exit status.
+        checkpoint: Id of the checkpoint to resume from, or None when nothing had been trained yet.
+
+    Example:
+        >>> exit = Preempted("0001-0000000420", reason="SIGTERM")
+        >>> exit.code, exit.checkpoint
+        (143, '0001-0000000420')
+    """
+
+    def __init__(self, checkpoint: str | None, *, reason: str, code: int = 143) -> None:
+        super().__init__(code)
+        self.checkpoint = checkpoint
+        self.reason = reason
+
+    def __str__(self) -> str:
+        where = f"checkpoint {self.checkpoint} is committed" if self.checkpoint else "nothing had been trained yet"
+        return f"stopped by {self.reason}: {where} (exit status {self.code})"

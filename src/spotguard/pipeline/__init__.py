@@ -1,0 +1,1 @@
+"""Snapshot to committed checkpoint, and back."""

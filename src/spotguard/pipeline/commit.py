@@ -1,0 +1,136 @@
+"""Making a checkpoint visible: shards first, each durable; the manifest last, create-only. Nothing else makes a checkpoint.
+
+::
+
+    for each shard:   hash the image -> same as in the last commit? name that object again : create, write, fsync
+    is a later attempt claimed? -> FencedError
+    create the manifest exclusively                            <- the checkpoint exists from here on
+"""
+
+import platform
+import sys
+from collections.abc import Callable, Mapping
+
+import spotguard
+from spotguard._time import utc_now
+from spotguard.checkpoint import CheckpointId, Manifest, ShardRecord, digest_of
+from spotguard.checkpoint.layout import ATTEMPTS, claim_key, parse_claim_key
+from spotguard.errors import FencedError, ObjectExistsError
+from spotguard.pipeline.objects import read_object, retried, write_object
+from spotguard.state.codec import check_readable
+from spotguard.state.snapshot import ShardImage, Snapshot
+from spotguard.stores import ObjectStore
+
+__all__ = ["check_fence", "commit"]
+
+Progress = Callable[[int], None]
+
+
+def commit(
+    store: ObjectStore,
+    snapshot: Snapshot,
+    *,
+    run_id: str,
+    attempt: int,
+    sequence: int = 0,
+    previous: Manifest | None = None,
+    metrics: Mapping[str, float] | None = None,
+    deadline: float | None = None,
+    progress: Progress | None = None,
+) -> tuple[Manifest, int]:
+    """Write a snapshot as a checkpoint.
+
+    Args:
+        store: The run.
+        snapshot: What to write.
+        run_id: Identity of the run.
+        attempt: Number that this process has claimed.
+        sequence: Counts commits at one step.
+        previous: The commit before this one in the same history.
+        metrics: Recorded for retention and for people.
+        deadline: Instant (monotonic seconds) by which it must be done.
+        progress: Called with the number of bytes done, for each piece.
+
+    Returns:
+        The manifest, and the bytes that had to be written.
+
+    Raises:
+        FencedError: A later attempt has claimed the run; nothing was committed.
+        StoreError: The store failed; nothing was committed.
+        ConfigError: A member could not be read back; nothing was committed.
+    """
+    identity = CheckpointId(attempt, snapshot.step, sequence)
+    known = {shard.name: shard for shard in previous.shards} if previous else {}
+    shards, written = [], 0
+    for image in snapshot.shards:
+        check_readable(image.name, image.data)
+        digest, old = digest_of(image.data), known.get(image.name)
+        if old is not None and (old.digest, old.size) == (digest, len(image.data)):
+            shards.append(old)
+        else:
+            shards.append(_write_shard(store, identity, image, digest, deadline, progress))
+            written += len(image.data)
+    check_fence(store, attempt)
+    manifest = Manifest(
+        run_id=run_id,
+        attempt=attempt,
+        step=snapshot.step,
+        sequence=sequence,
+        epoch=snapshot.epoch,
+        batch=snapshot.batch,
+        finished=snapshot.finished,
+        parent=str(previous.id) if previous else None,
+        metrics=dict(metrics or {}),
+        libraries=_libraries(),
+        created_at=utc_now(),
+        shards=tuple(shards),
+    )
+    data = manifest.to_bytes()
+    try:
+        write_object(store, identity.manifest_key, data, exclusive=True)
+    except ObjectExistsError:
+        # The answer to a create that worked may get lost; the retry then finds our own manifest. The time in it makes it ours alone.
+        if read_object(store, identity.manifest_key) != data:
+            raise
+    return manifest, written
+
+
+def check_fence(store: ObjectStore, attempt: int) -> None:
+    """Refuse to write to a run that a later attempt has claimed.
+
+    Raises:
+        FencedError: Names that attempt.
+    """
+    claimed = [parse_claim_key(info.key) or 0 for info in retried(lambda: list(store.list(ATTEMPTS)))]
+    newest = max(claimed, default=0)
+    if newest > attempt:
+        raise FencedError(
+            f"attempt {newest} has taken over {store.uri}, this process is attempt {attempt} and must not write to it any more. "
+            f"See {claim_key(newest)} for its host; if that start was a mistake, stop it and start this one again"
+        )
+
+
+def _write_shard(
+    store: ObjectStore, identity: CheckpointId, image: ShardImage, digest: str, deadline: float | None, progress: Progress | None
+) -> ShardRecord:
+    key, step = identity.shard_key(image.name), 32 << 20
+
+    def write() -> str | None:
+        with store.create(key, deadline=deadline) as writer:
+            for start in range(0, len(image.data), step):
+                count = writer.write(image.data[start : start + step])
+                if progress is not None:
+                    progress(count)
+        return writer.info.version if writer.info else None
+
+    version = retried(write)
+    return ShardRecord(name=image.name, key=key, size=len(image.data), digest=digest, version=version, rank=image.rank)
+
+
+def _libraries() -> dict[str, str]:
+    found = {"python": platform.python_version(), "spotguard": spotguard.__version__}
+    for name in ("torch", "numpy"):
+        if name in sys.modules:
+            found[name] = str(sys.modules[name].__version__)
+    return found
+

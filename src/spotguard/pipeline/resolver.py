@@ -1,0 +1,114 @@
+"""Choosing what to resume from, and saying why."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from spotguard.checkpoint import CheckpointId
+from spotguard.errors import CheckpointDamagedError, NoUsableCheckpointError
+from spotguard.pipeline.checkpoint import Checkpoint, load_manifest
+from spotguard.pipeline.history import History, read_history
+from spotguard.stores import ObjectStore
+
+__all__ = ["Candidate", "Resolution", "resolve"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One checkpoint that was looked at.
+
+    Attributes:
+        id: Its id.
+        verdict: ``"chosen"``, ``"rejected"``, ``"older"`` (not looked at: a newer one was chosen) or ``"off lineage"``.
+        reason: Why.
+    """
+
+    id: str
+    verdict: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolution:
+    """The outcome: what to resume from, and every candidate, newest first.
+
+    Attributes:
+        checkpoint: The newest one that is committed and verified; None in a new run.
+        candidates: All of them, with reasons.
+        damaged: Claims that could not be read, with reasons: what came before them is not known.
+        loaded: What `load` of the checkpoint gave, where loading was asked for.
+    """
+
+    checkpoint: Checkpoint | None
+    candidates: tuple[Candidate, ...]
+    damaged: tuple[str, ...] = ()
+    loaded: dict[str, Any] | None = dataclasses.field(default=None, repr=False)
+
+    @property
+    def rejected(self) -> list[Candidate]:
+        """The damaged ones."""
+        return [candidate for candidate in self.candidates if candidate.verdict == "rejected"]
+
+    def require(self) -> Checkpoint | None:
+        """The checkpoint; None only where there never was one.
+
+        Raises:
+            NoUsableCheckpointError: There were candidates and all were rejected. Training must not start from zero in silence.
+        """
+        if self.checkpoint is None and (self.rejected or self.damaged):
+            reasons = [f"  {candidate.id}: {candidate.reason}" for candidate in self.rejected] + [f"  {text}" for text in self.damaged]
+            raise NoUsableCheckpointError(
+                "this run has checkpoints or claims, and none can be resumed from:\n" + "\n".join(reasons) + "\n"
+                "Bring the damaged objects back, 'spotguard rollback' to a whole checkpoint, or start a new run under another URI"
+            )
+        return self.checkpoint
+
+
+def resolve(
+    store: ObjectStore,
+    *,
+    run_id: str | None = None,
+    load: bool = False,
+    history: History | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Resolution:
+    """Walk the lineage from its newest checkpoint and take the first whose every byte is what was committed.
+
+    Args:
+        store: The run.
+        run_id: Identity that manifests must carry, where it is known.
+        load: Also read the state, in the same pass over the bytes.
+        history: A listing, where the caller has one.
+        progress: Called with the number of bytes done, for each piece.
+
+    Raises:
+        FormatTooNewError: A later release wrote the newest one. That is no damage, so nothing older is taken in its place.
+        StoreError: The store could not be read, even after retries. That is no damage either.
+    """
+    history = history or read_history(store)
+    line = history.lineage
+    candidates: list[Candidate] = []
+    chosen: Checkpoint | None = None
+    loaded: dict[str, Any] | None = None
+    for identity in line:
+        if chosen is not None:
+            candidates.append(Candidate(str(identity), "older", f"{chosen.id} is newer and whole"))
+            continue
+        try:
+            checkpoint = Checkpoint(store, load_manifest(store, identity, run_id=run_id))
+            if load:
+                loaded = checkpoint.load(progress)
+            else:
+                checkpoint.verify(progress)
+        except CheckpointDamagedError as error:
+            candidates.append(Candidate(str(identity), "rejected", str(error)))
+            continue
+        chosen = checkpoint
+        candidates.append(Candidate(str(identity), "chosen", "newest of the lineage that is committed and verified"))
+    candidates += _off_lineage(history, set(line))
+    return Resolution(chosen, tuple(candidates), tuple(history.damaged.values()), loaded)
+
+
+def _off_lineage(history: History, line: set[CheckpointId]) -> list[Candidate]:
+    reason = "not in the history of the newest attempt: rolled back, or committed after another attempt had taken over"
+    return [Candidate(str(item), "off lineage", reason) for item in reversed(history.manifests) if item not in line]

@@ -1,0 +1,27 @@
+"""Decisions as small objects that compose: when to save, what to keep. Pure: no clock, no I/O."""
+
+from spotguard.policies.retention import (
+    KeepAll,
+    KeepBest,
+    KeepNewest,
+    KeepYoungerThan,
+    RetentionPolicy,
+    as_retention_policy,
+)
+from spotguard.policies.save import AutoInterval, Due, EverySeconds, EverySteps, SavePoint, SavePolicy, as_save_policy
+
+__all__ = [
+    "AutoInterval",
+    "Due",
+    "EverySeconds",
+    "EverySteps",
+    "KeepAll",
+    "KeepBest",
+    "KeepNewest",
+    "KeepYoungerThan",
+    "RetentionPolicy",
+    "SavePoint",
+    "SavePolicy",
+    "as_retention_policy",
+    "as_save_policy",
+]

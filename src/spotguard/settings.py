@@ -1,0 +1,67 @@
+"""Defaults from the environment: ``SPOTGUARD_*``. An argument given in code wins, and the setting it hides is warned about."""
+
+import warnings
+from typing import Any, TypeVar
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from spotguard.errors import ConfigError
+
+__all__ = ["Settings", "load_settings"]
+
+_T = TypeVar("_T")
+
+
+class Settings(BaseSettings):
+    """What the environment may set.
+
+    Attributes:
+        every: When to save: ``"10m"``, or a number of steps such as ``"500"``.
+        keep: How many of the newest checkpoints retention keeps.
+        exit_code: Exit status of `Preempted`; 0 would tell a scheduler that the work is done.
+        max_failures: Failed saves in a row after which training stops with an error.
+        poll_s: Seconds between looks at the ``stop`` object of the run.
+        repeat_s: Seconds in which a repeated signal counts as the same one (launchers often deliver it twice).
+        rehearsal: Set by ``spotguard rehearse`` for the processes it starts.
+
+    Example:
+        >>> Settings(every="5m").every
+        '5m'
+    """
+
+    model_config = SettingsConfigDict(env_prefix="SPOTGUARD_", extra="ignore", frozen=True)
+
+    every: str = "10m"
+    keep: int = Field(default=3, ge=1)
+    exit_code: int = Field(default=143, ge=1, le=255)
+    max_failures: int = Field(default=3, ge=1)
+    poll_s: float = Field(default=1.0, gt=0)
+    repeat_s: float = Field(default=1.0, ge=0)
+    rehearsal: str | None = None
+
+    def choose(self, name: str, given: _T | None) -> Any:
+        """The argument if one was given, else the setting; warns about a setting that is hidden by an argument."""
+        if given is None:
+            return getattr(self, name)
+        if name in self.model_fields_set:
+            warnings.warn(
+                f"SPOTGUARD_{name.upper()}={getattr(self, name)} is ignored: the script sets {name}={given!r}",
+                UserWarning,
+                stacklevel=4,
+            )
+        return given
+
+
+def load_settings() -> Settings:
+    """Read the environment.
+
+    Raises:
+        ConfigError: A variable has a value that makes no sense; the message names it.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "SPOTGUARD_" + "_".join(str(part) for part in first["loc"]).upper()
+        raise ConfigError(f"environment variable {name}={first['input']!r}: {first['msg']}") from error

@@ -1,0 +1,162 @@
+"""Where in its data a run is, and how to get there again without reading what was read before.
+
+A plain `DataLoader` over a map-style dataset is resumed at the level of indices: the generators are put back to where they were when the
+pass began, the sampler draws again and its first batches are thrown away, then the generators are put forward to the step of the
+checkpoint. No sample is loaded twice. Loaders with a ``state_dict`` of their own are resumed through it. Everything else is read again
+from the start and skipped, and what is not exact about that is said.
+
+**What this changes for the user**: with ``num_workers > 0`` the global generators of a worker (python, numpy, torch) are seeded before each
+sample, from the state of torch's generators at the start of the pass and the position of the sample, so that random augmentations do not
+depend on the number of workers or on a restart. They draw other numbers than without spotguard; between runs with it they are the same.
+With ``num_workers=0`` nothing changes.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from spotguard.state.compare import fingerprint
+from spotguard.state.loaders import TrackedLoader, check_loader, warn_inexact
+from spotguard.state.rng import capture_rng, restore_rng
+
+__all__ = ["DataState", "DataTracker"]
+
+DataState = dict[str, Any]
+"""``passes``: passes begun in this epoch. ``loaders``: a record of each. ``open``: the pass that was under way, or None."""
+
+_END = object()
+
+
+class DataTracker:
+    """Follows the loop through its loaders: which pass of the epoch it is in, and which batch of the pass.
+
+    Args:
+        known: Generators that are saved anyway, as members of the state.
+
+    Attributes:
+        batch: Batches of the pass under way, or of the last one, that are done.
+    """
+
+    def __init__(self, known: tuple[Any, ...] = ()) -> None:
+        self.batch = 0
+        self._known = known
+        self._passes = 0
+        self._loaders: list[TrackedLoader] = []
+        self._saved: list[dict[str, Any]] = []
+        self._target: dict[str, Any] | None = None
+        self._open: int | None = None
+        self._start: dict[str, Any] = {}
+
+    @property
+    def resuming(self) -> bool:
+        """Whether the loop still has to come to the pass that was under way in the checkpoint."""
+        return self._target is not None
+
+    def load(self, saved: DataState) -> None:
+        """Take what a checkpoint says; the loop comes to that place by calling `iterate`."""
+        self._saved, self._target = saved["loaders"], saved["open"]
+        self._passes = 0 if self._target is not None else saved["passes"]
+
+    def new_epoch(self) -> None:
+        """The loop asks for its next epoch."""
+        self._passes, self._open, self.batch = 0, None, 0
+
+    def iterate(self, loader: Any, *, step: int, restore: Callable[[], None]) -> Iterator[Any] | None:
+        """Begin a pass, or come back to one.
+
+        Args:
+            loader: What to iterate over.
+            step: Step boundaries passed.
+            restore: Puts members and generators to the state of the checkpoint; called when its place is reached.
+
+        Returns:
+            The batches that are left; None for a pass that was complete at the checkpoint.
+        """
+        index = self._index_of(loader)
+        number, self._passes = self._passes, self._passes + 1
+        if self._target is not None:
+            if number < self._target["pass"]:
+                return None
+            target, self._target = self._target, None
+            self._open = index
+            return self._resume(self._loaders[index], target, restore)
+        self._open = index
+        self.batch = 0
+        return self._begin(self._loaders[index], step)
+
+    def end(self) -> None:
+        """The pass under way is over."""
+        self._open = None
+
+    def state(self) -> DataState:
+        """Where the loop is, seen at a step boundary."""
+        opened = None
+        if self._open is not None:
+            tracked = self._loaders[self._open]
+            opened = {"pass": self._passes - 1, "batch": self.batch, "start": self._start, **tracked.record()}
+            if tracked.stateful:
+                opened["state"] = tracked.loader.state_dict()
+        records = [tracked.record() for tracked in self._loaders]
+        return {"passes": self._passes, "loaders": records + self._saved[len(records) :], "open": opened}
+
+    def _index_of(self, loader: Any) -> int:
+        for index, tracked in enumerate(self._loaders):
+            if tracked.loader is loader:
+                return index
+        tracked = TrackedLoader(loader, self._known)
+        self._loaders.append(tracked)
+        index = len(self._loaders) - 1
+        arriving = self._target is not None and self._passes == self._target["pass"]
+        if index < len(self._saved) and not arriving:
+            tracked.restore(self._saved[index])
+        return index
+
+    def _begin(self, tracked: TrackedLoader, step: int) -> Iterator[Any]:
+        self._start = {"rng": capture_rng(), "generators": tracked.generators(), "live": tracked.live, "step": step}
+        if tracked.indexed:
+            return iter(tracked.over_indices(epoch_seed=self._epoch_seed(tracked)))
+        return iter(tracked.as_it_is())
+
+    def _resume(self, tracked: TrackedLoader, target: dict[str, Any], restore: Callable[[], None]) -> Iterator[Any]:
+        check_loader(tracked.loader, target["loader"])
+        self.batch, self._start = target["batch"], target["start"]
+        if self._start["live"]:
+            tracked.warm_up()
+        restore_rng(self._start["rng"])
+        tracked.set_generators(self._start["generators"])
+
+        def arrive() -> None:
+            restore()
+            tracked.set_generators(target["generators"])
+
+        if not tracked.indexed:
+            batches = self._reread(tracked, target)
+            arrive()
+            return batches
+        if not tracked.workers:  # the sampler first draws inside the first next(): restore between the draws that are skipped and that one
+            return iter(tracked.over_indices(epoch_seed=0, skip=self.batch, skipped=arrive))
+        batches = iter(tracked.over_indices(epoch_seed=self._epoch_seed(tracked), skip=self.batch))
+        arrive()  # by now the indices of the batches to prefetch have been drawn, as they had been at the checkpoint
+        return batches
+
+    def _reread(self, tracked: TrackedLoader, target: dict[str, Any]) -> Iterator[Any]:
+        if tracked.stateful:
+            tracked.loader.load_state_dict(target["state"])
+            return iter(tracked.loader)
+        if self.batch:
+            warn_inexact(
+                f"{type(tracked.loader).__name__} cannot be resumed by index: {self.batch} batches are read again and thrown away. That is "
+                "exact only if it yields the same data each time it is iterated over; random numbers drawn in its workers start over. "
+                "A map-style dataset, or a loader with state_dict() such as torchdata's StatefulDataLoader, has neither limit"
+            )
+        batches: Iterator[Any] = iter(tracked.as_it_is())
+        for _ in range(self.batch):
+            if next(batches, _END) is _END:
+                break
+        return batches
+
+    def _epoch_seed(self, tracked: TrackedLoader) -> int:
+        """Seed for the samples of this pass, from torch's generator and the loader's own at its start, as torch does; draws nothing."""
+        if not tracked.workers:
+            return 0
+        start = self._start
+        return int(fingerprint([self._passes, start["step"], start["rng"]["torch"], start["generators"]])[:16], 16)

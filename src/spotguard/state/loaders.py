@@ -1,0 +1,195 @@
+"""A data loader and what has to be remembered about it from pass to pass."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from spotguard.errors import InexactResumeWarning, StateMismatchError
+from spotguard.state.rng import capture_rng, decode_generator, encode_generator, is_generator, restore_rng
+from spotguard.state.samples import IndexStream, seeded_dataset, worker_init
+
+__all__ = ["TrackedLoader", "check_loader", "describe_loader", "warn_inexact"]
+
+
+class TrackedLoader:
+    """One loader of the user's, with its generators, and with the copy of it that we iterate over.
+
+    Args:
+        loader: What the user iterates over.
+        known: Generators that are saved anyway, as members of the state.
+
+    Attributes:
+        indexed: It is a plain loader over a map-style dataset, which can be resumed by index.
+        stateful: It keeps its own position, such as torchdata's StatefulDataLoader.
+    """
+
+    def __init__(self, loader: Any, known: tuple[Any, ...]) -> None:
+        self.loader = loader
+        self.stateful = callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))
+        plain = isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
+        self.indexed = plain and not self.stateful and not isinstance(loader.dataset, IterableDataset)
+        self.workers = getattr(loader, "num_workers", 0) if isinstance(loader, DataLoader) else 0
+        self._persistent = self.workers > 0 and bool(getattr(loader, "persistent_workers", False))
+        self._generators = generators_of(loader)
+        self._clone: Any = None
+        hidden = hidden_generators(getattr(loader, "dataset", None), known, in_workers=self.workers > 0)
+        if hidden:
+            warn_inexact(
+                f"the dataset keeps generators of its own ({', '.join(hidden)}), whose state is not saved. Draw from the global generators, "
+                "or, with num_workers=0, make the generator a member: TrainState(..., data_rng=generator)"
+            )
+
+    @property
+    def live(self) -> bool:
+        """Whether persistent workers are running: the next pass will not draw a seed for them."""
+        return self._persistent and self._clone is not None
+
+    def generators(self) -> list[Any]:
+        """States of the generators that loader and samplers draw from."""
+        return [encode_generator(generator) for generator in self._generators]
+
+    def set_generators(self, states: list[Any]) -> None:
+        """Put these generators back."""
+        for generator, state in zip(self._generators, states, strict=True):
+            decode_generator(generator, state)
+
+    def record(self) -> dict[str, Any]:
+        """What a later start needs to begin its next pass as this one would."""
+        return {"loader": describe_loader(self.loader), "generators": self.generators(), "live": self.live}
+
+    def restore(self, record: dict[str, Any]) -> None:
+        """Become what a record tells of."""
+        check_loader(self.loader, record["loader"])
+        if record["live"]:
+            self.warm_up()
+        self.set_generators(record["generators"])
+
+    def warm_up(self) -> None:
+        """Start persistent workers by an empty pass, so that the next pass is not their first; draws nothing that counts."""
+        if self._persistent and not self.live:
+            rng, generators = capture_rng(), self.generators()
+            iter(self.over_indices(epoch_seed=0, empty=True))
+            restore_rng(rng)
+            self.set_generators(generators)
+
+    def over_indices(
+        self, *, epoch_seed: int, skip: int = 0, skipped: Callable[[], None] | None = None, empty: bool = False
+    ) -> Any:
+        """The loader with our index stream in place of its sampler.
+
+        A shallow copy of it: it may be of any subclass, and it shares sampler and dataset with the user's.
+        """
+        loader = self.loader
+        clone = self._clone if self._persistent else None
+        if clone is None:
+            self._clone = clone = copy.copy(loader)
+        batched = loader.batch_sampler is not None
+        inner = () if empty else (loader.batch_sampler if batched else loader.sampler)
+        seed = epoch_seed if self.workers else None
+        stream = IndexStream(inner, batched=batched, epoch_seed=seed, skip=skip, skipped=skipped)
+        changes: dict[str, Any] = {"batch_sampler" if batched else "sampler": stream}
+        if self.workers and clone.dataset is loader.dataset:
+            changes["dataset"] = seeded_dataset(loader.dataset)
+            changes["worker_init_fn"] = worker_init(loader.worker_init_fn)
+        clone.__dict__.update(changes)  # past DataLoader.__setattr__, which refuses to change these
+        if self._persistent and clone._iterator is not None:  # noqa: SLF001 - a running iterator has its own reference
+            clone._iterator._index_sampler = stream  # noqa: SLF001
+        return clone
+
+    def as_it_is(self) -> Any:
+        """The loader for a pass that reads everything, its workers shielded from signals where that is possible."""
+        if self.stateful or not self.workers or self._persistent:
+            return self.loader
+        clone = copy.copy(self.loader)
+        clone.worker_init_fn = worker_init(self.loader.worker_init_fn)
+        return clone
+
+
+def describe_loader(loader: Any) -> dict[str, Any]:
+    """What must be the same on resume for a position to mean the same."""
+    dataset = getattr(loader, "dataset", None)
+    found = {
+        "dataset length": _length(dataset) if dataset is not None else _length(loader),
+        "batch size": getattr(loader, "batch_size", None),
+        "drop_last": getattr(loader, "drop_last", None),
+        "batches": _length(loader) if isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset) else None,
+        "workers": getattr(loader, "num_workers", None),
+    }
+    return {name: value for name, value in found.items() if isinstance(value, (int, bool))}
+
+
+def check_loader(loader: Any, saved: dict[str, Any]) -> None:
+    """Refuse to go on with a loader for which the position would mean something else.
+
+    Raises:
+        StateMismatchError: The batch size or the length of the dataset, say, has changed.
+    """
+    here = describe_loader(loader)
+    changed = [
+        f"{name} was {saved.get(name)} and is {here.get(name)}"
+        for name in sorted(set(saved) | set(here))
+        if name != "workers" and saved.get(name) != here.get(name)
+    ]
+    if changed:
+        raise StateMismatchError(
+            f"the data loader differs from the one in the checkpoint: {'; '.join(changed)}. A position in one is no position in the other: "
+            "restore the old value, or start a new run under another URI"
+        )
+    if bool(saved.get("workers")) != bool(here.get("workers")):
+        warn_inexact(
+            f"num_workers was {saved.get('workers')} and is {here.get('workers')}: random augmentations draw from the generators of the main "
+            "process without workers and from per-sample ones with workers, so they will differ"
+        )
+
+
+def warn_inexact(message: str) -> None:
+    """Name what cannot be restored bit for bit."""
+    warnings.warn(message, InexactResumeWarning, stacklevel=2)
+
+
+def _length(value: Any) -> int | None:
+    try:
+        return len(value)
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def generators_of(loader: Any) -> list[Any]:
+    """Every generator that the loader and its samplers draw from, each once, in a fixed order."""
+    found: list[Any] = []
+    waiting = [loader, getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)]
+    seen: set[int] = set()
+    while waiting:
+        holder = waiting.pop(0)
+        if holder is None or id(holder) in seen or len(seen) > 100:
+            continue
+        seen.add(id(holder))
+        for value in getattr(holder, "__dict__", {}).values():
+            if is_generator(value) and all(value is not other for other in found):
+                found.append(value)
+            elif isinstance(value, torch.utils.data.Sampler):
+                waiting.append(value)
+    return found
+
+
+def hidden_generators(dataset: Any, known: tuple[Any, ...], *, in_workers: bool) -> list[str]:
+    """Names of attributes of a dataset, and of what it holds, that are generators nobody saves."""
+    found: list[str] = []
+    waiting = [("dataset", dataset, 0)]
+    seen: set[int] = set()
+    while waiting and len(seen) < 200:
+        path, holder, depth = waiting.pop(0)
+        if id(holder) in seen:
+            continue
+        seen.add(id(holder))
+        for name, value in getattr(holder, "__dict__", {}).items():
+            if is_generator(value):
+                if in_workers or all(value is not other for other in known):
+                    found.append(f"{path}.{name}")
+            elif depth < 3 and hasattr(value, "__dict__") and not isinstance(value, (type, torch.Tensor)):
+                waiting.append((f"{path}.{name}", value, depth + 1))
+    return found

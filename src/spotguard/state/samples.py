@@ -1,0 +1,142 @@
+"""Random numbers for each sample of its own, so that what a worker draws does not depend on which worker, or on what it did before."""
+
+import os
+import random
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+__all__ = ["Sample", "seeded_dataset", "worker_init"]
+
+_MASK = (1 << 64) - 1
+
+
+class Sample(NamedTuple):
+    """What travels to a worker in place of an index."""
+
+    index: Any
+    seed: int
+
+
+def sample_seed(epoch_seed: int, position: int) -> int:
+    """Seed of the sample at one position of an epoch: SplitMix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    value = (epoch_seed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed & 0x7FFFFFFFFFFFFFFF)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed & 0xFFFFFFFF)
+
+
+class _SeededDataset:
+    """The user's dataset, seeding the global generators of the worker before each sample."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, sample: Sample) -> Any:
+        _seed_everything(sample.seed)
+        return self.dataset[sample.index]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "dataset" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+
+class _SeededBatchDataset(_SeededDataset):
+    """The same for a dataset that fetches whole batches: one seed, that of the first sample, for the batch."""
+
+    def __getitems__(self, samples: list[Sample]) -> Any:
+        if samples:
+            _seed_everything(samples[0].seed)
+        return self.dataset.__getitems__([sample.index for sample in samples])
+
+
+def seeded_dataset(dataset: Any) -> Any:
+    """Wrap a map-style dataset; it is then indexed by `Sample`."""
+    return (_SeededBatchDataset if getattr(dataset, "__getitems__", None) else _SeededDataset)(dataset)
+
+
+class worker_init:  # noqa: N801 - a function with state; a closure could not be pickled for spawned workers
+    """Worker set-up: hear SIGTERM from the main process only, and SIGINT not at all, then run the user's own ``worker_init_fn``.
+
+    A stop that is delivered to the whole process group (Ctrl-C, SLURM, ``docker stop``) would otherwise kill the workers, and with them
+    the step that has to be finished before the save. The main process still ends them as it always does.
+    """
+
+    def __init__(self, then: Callable[[int], None] | None) -> None:
+        self.then = then
+
+    def __call__(self, worker: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if hasattr(signal, "sigwaitinfo"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            threading.Thread(target=_obey_parent_only, name="spotguard-worker-signals", daemon=True).start()
+        if self.then is not None:
+            self.then(worker)
+
+
+def _obey_parent_only() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+class IndexStream:
+    """The user's batch sampler, or sampler, from a given batch on, with a seed for each sample where there are workers.
+
+    Args:
+        inner: The user's sampler.
+        batched: Whether it yields batches of indices.
+        epoch_seed: Seeds are made from it; None for none, and then indices are handed on as they are.
+        skip: So many draws are made and thrown away first: of indices, never of data.
+        skipped: Called after that, before the first draw that counts.
+    """
+
+    def __init__(
+        self, inner: Any, *, batched: bool, epoch_seed: int | None, skip: int = 0, skipped: Callable[[], None] | None = None
+    ) -> None:
+        self._inner, self._batched, self._epoch_seed = inner, batched, epoch_seed
+        self._skip, self._skipped = skip, skipped
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    def __iter__(self) -> Iterator[Any]:
+        # iter() here and now: a sampler may draw its permutation in __iter__, before the loader draws the seed of its workers.
+        return self._draw(iter(self._inner))
+
+    def _draw(self, draws: Iterator[Any]) -> Iterator[Any]:
+        position = 0
+        for _ in range(self._skip):
+            try:
+                drawn = next(draws)
+            except StopIteration:
+                break
+            position += sum(1 for _ in drawn) if self._batched else 1
+        if self._skipped is not None:
+            self._skipped()
+        seed = self._epoch_seed
+        if seed is None:
+            yield from draws
+            return
+        for drawn in draws:
+            if self._batched:
+                yield [Sample(index, sample_seed(seed, position + place)) for place, index in enumerate(drawn)]
+                position += len(drawn)
+            else:
+                yield Sample(drawn, sample_seed(seed, position))
+                position += 1

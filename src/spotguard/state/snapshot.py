@@ -1,0 +1,107 @@
+"""A copy of the state in host memory, in buffers that are kept: pages that are touched once are copied to at memory speed ever after."""
+
+import dataclasses
+import mmap
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from spotguard.state.codec import Layout, encode
+
+__all__ = ["HostBuffers", "ShardImage", "Snapshot"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardImage:
+    """The bytes of one shard, ready to be written.
+
+    Attributes:
+        name: Member name, or ``rank-00000``.
+        rank: The rank it belongs to; None for what is the same on every rank.
+        data: The whole torch file. Valid until the next capture into the same buffers.
+    """
+
+    name: str
+    rank: int | None
+    data: memoryview
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """The state at one step boundary.
+
+    Attributes:
+        step: Step boundaries passed.
+        epoch: Epoch that goes on from here.
+        batch: Batches of that epoch that are done.
+        finished: The loop has come to its end.
+        shards: One image for each member and rank.
+    """
+
+    step: int
+    epoch: int
+    batch: int
+    finished: bool
+    shards: tuple[ShardImage, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shards."""
+        return sum(len(shard.data) for shard in self.shards)
+
+
+class _Image:
+    """One kept buffer, laid out as a torch file."""
+
+    def __init__(self, pickle_size: int, sizes: list[int]) -> None:
+        self.layout = Layout(pickle_size, sizes)
+        self._pages = mmap.mmap(-1, self.layout.size)
+        self._bytes = torch.frombuffer(self._pages, dtype=torch.uint8)
+        self._bytes.zero_()  # touch every page now, not during a save
+        self.view = memoryview(self._pages)
+        self.layout.write_frame(self.view)
+        self._targets = [
+            self._bytes[offset : offset + size] for offset, size in zip(self.layout.offsets, sizes, strict=True)
+        ]
+
+    def fits(self, pickle_size: int, sizes: list[int]) -> bool:
+        return sizes == self.layout.sizes and pickle_size <= self.layout.room
+
+    def fill(self, data: bytes, storages: list[torch.UntypedStorage]) -> None:
+        self.layout.write_pickle(self.view, data)
+        for target, storage in zip(self._targets, storages, strict=True):
+            if len(target):
+                source = torch.empty(0, dtype=torch.uint8, device=storage.device)
+                target.copy_(source.set_(storage))
+
+
+class HostBuffers:
+    """The kept buffers of one process, one for each shard.
+
+    Example:
+        >>> buffers = HostBuffers()
+        >>> image = buffers.capture("model", {"weight": torch.ones(2)})
+        >>> from spotguard.state.codec import decode
+        >>> decode(image, key="model")
+        {'weight': tensor([1., 1.])}
+    """
+
+    def __init__(self) -> None:
+        self._images: dict[str, _Image] = {}
+
+    def capture(self, name: str, tree: Any) -> memoryview:
+        """Copy a tree of tensors and plain values into the buffer of that name, and return the torch file it now is."""
+        data, storages = encode(tree)
+        sizes = [storage.nbytes() for storage in storages]
+        image = self._images.get(name)
+        if image is None or not image.fits(len(data), sizes):
+            self._images.pop(name, None)
+            image = self._images[name] = _Image(len(data), sizes)
+        image.fill(data, storages)
+        return image.view
+
+    def prepare(self, trees: Mapping[str, Any]) -> None:
+        """Lay out and touch buffers for these trees ahead of the first capture."""
+        for name, tree in trees.items():
+            self.capture(name, tree)
