@@ -114,7 +114,7 @@ class InexactResumeWarning(UserWarning):
     """Something cannot be restored bit for bit; the message names it."""
 
 
-class Preempted(SystemExit):  # noqa: N818 - an exit, not an error
+class Preempted(SystemExit):
     """Raised at a step boundary once the final checkpoint is committed.
 
     It is a `SystemExit`: left alone, the process ends with `code`, which is never 0 while work remains, so that a

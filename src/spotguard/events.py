@@ -234,7 +234,7 @@ class EventBus:
             for hook in self._hooks:
                 try:
                     hook(item)
-                except Exception:
+                except (Exception, SystemExit, KeyboardInterrupt):  # a hook may not end the thread of all hooks
                     logger.exception("event hook %r failed", hook)
 
 

@@ -1,6 +1,7 @@
 """Defaults from the environment: ``SPOTGUARD_*``. An argument given in code wins, and the setting it hides is warned about."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from pydantic import Field, ValidationError
@@ -36,21 +37,29 @@ class Settings(BaseSettings):
     keep: int = Field(default=3, ge=1)
     exit_code: int = Field(default=143, ge=1, le=255)
     max_failures: int = Field(default=3, ge=1)
-    poll_s: float = Field(default=1.0, gt=0)
+    poll_s: float = Field(default=1.0, gt=0, le=86400)
     repeat_s: float = Field(default=1.0, ge=0)
     rehearsal: str | None = None
 
-    def choose(self, name: str, given: _T | None) -> Any:
-        """The argument if one was given, else the setting; warns about a setting that is hidden by an argument."""
+    def choose(self, name: str, given: _T | None, parse: Callable[[Any], Any] = lambda value: value) -> Any:
+        """The argument if one was given, else the setting, parsed; warns about a setting that is hidden by an argument.
+
+        Raises:
+            ConfigError: From `parse`; where it is the setting that is wrong, the message names its variable.
+        """
         if given is None:
-            return getattr(self, name)
+            value = getattr(self, name)
+            try:
+                return parse(value)
+            except ConfigError as error:
+                raise ConfigError(f"environment variable SPOTGUARD_{name.upper()}={value!r}: {error}") from error
         if name in self.model_fields_set:
             warnings.warn(
                 f"SPOTGUARD_{name.upper()}={getattr(self, name)} is ignored: the script sets {name}={given!r}",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
-        return given
+        return parse(given)
 
 
 def load_settings() -> Settings:

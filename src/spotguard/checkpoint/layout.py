@@ -38,7 +38,7 @@ RUN = "run.json"
 STOP = "stop"
 ATTEMPTS, CHECKPOINTS, MANIFESTS, EVENTS = "attempts/", "checkpoints/", "manifests/", "events/"
 
-_ID = r"(\d{4,})-(\d{10,})(?:\.(\d+))?"
+_ID = r"((\d{4,})-(\d{10,})(?:\.(\d+))?)"
 _MANIFEST_KEY = re.compile(rf"{MANIFESTS}{_ID}\.json")
 _SHARD_KEY = re.compile(rf"{CHECKPOINTS}{_ID}/[A-Za-z0-9_-]+\.pt")
 _CLAIM_KEY = re.compile(rf"{ATTEMPTS}(\d{{4,}})\.json")
@@ -69,10 +69,10 @@ class CheckpointId(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> "CheckpointId":
         """Read an id as printed by `str`; raises ConfigError for anything else."""
-        match = re.fullmatch(_ID, text)
-        if match is None:
+        identity = _read_id(re.fullmatch(_ID, text))
+        if identity is None:
             raise ConfigError(f"{text!r} is not a checkpoint id; ids look like '0004-0000001200' (see 'spotguard ls')")
-        return cls(int(match[1]), int(match[2]), int(match[3] or 0))
+        return identity
 
     @property
     def manifest_key(self) -> str:
@@ -82,6 +82,12 @@ class CheckpointId(NamedTuple):
     def shard_key(self, name: str) -> str:
         """Key of the shard that holds one member, or what belongs to one rank."""
         return f"{CHECKPOINTS}{self}/{name}.pt"
+
+
+def _read_id(match: re.Match[str] | None) -> CheckpointId | None:
+    """The id that was matched. Another way to write the same numbers is a foreign name: two keys must not name one checkpoint."""
+    identity = CheckpointId(int(match[2]), int(match[3]), int(match[4] or 0)) if match else None
+    return identity if match and str(identity) == match[1] else None
 
 
 def claim_key(attempt: int) -> str:
@@ -101,20 +107,18 @@ def rank_name(rank: int) -> str:
 
 def parse_manifest_key(key: str) -> CheckpointId | None:
     """The id whose manifest this key is, or None for a key that is not ours."""
-    match = _MANIFEST_KEY.fullmatch(key)
-    return CheckpointId(int(match[1]), int(match[2]), int(match[3] or 0)) if match else None
+    return _read_id(_MANIFEST_KEY.fullmatch(key))
 
 
 def parse_shard_key(key: str) -> CheckpointId | None:
     """The id under which this shard was written, or None for a key that is not ours."""
-    match = _SHARD_KEY.fullmatch(key)
-    return CheckpointId(int(match[1]), int(match[2]), int(match[3] or 0)) if match else None
+    return _read_id(_SHARD_KEY.fullmatch(key))
 
 
 def parse_claim_key(key: str) -> int | None:
     """The attempt that this key claims, or None for a key that is not ours."""
     match = _CLAIM_KEY.fullmatch(key)
-    return int(match[1]) if match else None
+    return int(match[1]) if match and claim_key(int(match[1])) == key else None
 
 
 def attempt_of_key(key: str) -> int | None:

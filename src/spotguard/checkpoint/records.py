@@ -7,9 +7,11 @@ file is found: the bytes must be exactly what encoding the parsed record would g
 import datetime as dt
 import hashlib
 import json
-from typing import Any, ClassVar, TypeVar
+import math
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
+from typing_extensions import Self
 
 from spotguard.checkpoint.layout import CheckpointId
 from spotguard.errors import CheckpointDamagedError, FormatTooNewError
@@ -19,8 +21,6 @@ __all__ = ["FORMAT", "Claim", "Manifest", "Record", "RunRecord", "ShardRecord"]
 FORMAT = 1
 """Version of the layout and of the records. A higher one in a store is refused, never guessed at."""
 
-_R = TypeVar("_R", bound="Record")
-
 
 def _canonical(fields: dict[str, Any]) -> bytes:
     return json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
@@ -29,18 +29,18 @@ def _canonical(fields: dict[str, Any]) -> bytes:
 class Record(BaseModel):
     """Base of the records: frozen, closed, and able to tell whether its bytes are intact."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="strings")
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     what: ClassVar[str] = "record"
     format: int = FORMAT
 
     def to_bytes(self) -> bytes:
         """Canonical JSON with a ``sha256`` over everything else in it."""
-        fields = self.model_dump(mode="json")
+        fields = json.loads(self.model_dump_json())  # which writes NaN, a metric like any other, as a string
         return _canonical({**fields, "sha256": hashlib.sha256(_canonical(fields)).hexdigest()})
 
     @classmethod
-    def from_bytes(cls: type[_R], data: bytes, *, key: str) -> _R:
+    def from_bytes(cls, data: bytes, *, key: str) -> Self:
         """Parse and verify.
 
         Args:
@@ -54,7 +54,7 @@ class Record(BaseModel):
         try:
             fields = json.loads(data)
             if not isinstance(fields, dict):
-                raise TypeError("not a JSON object")  # noqa: TRY301
+                raise TypeError("not a JSON object")
             found, claimed = fields.get("format"), fields.pop("sha256", None)
             if isinstance(found, int) and found > FORMAT and claimed == hashlib.sha256(_canonical(fields)).hexdigest():
                 raise FormatTooNewError(
@@ -62,7 +62,7 @@ class Record(BaseModel):
                     "Upgrade spotguard, or 'spotguard rollback' to a checkpoint of an older release"
                 )
             record = cls.model_validate(fields)
-        except (ValueError, TypeError, ValidationError) as error:
+        except (ValueError, TypeError, RecursionError, ValidationError) as error:
             raise CheckpointDamagedError(f"{key} is not a whole {cls.what}: {_first_line(error)}") from error
         if record.to_bytes() != data:
             raise CheckpointDamagedError(f"{key} is damaged: its bytes do not match its own digest")
@@ -157,6 +157,11 @@ class Manifest(Record):
     libraries: dict[str, str] = {}
     created_at: dt.datetime
     shards: tuple[ShardRecord, ...]
+
+    @field_serializer("metrics", when_used="json")
+    def _metrics_to_json(self, metrics: dict[str, float]) -> dict[str, float | str]:
+        """JSON has no NaN and no infinity, and a loss that has become NaN must not make the save fail: they are written as text."""
+        return {name: value if math.isfinite(value) else str(value) for name, value in metrics.items()}
 
     @property
     def id(self) -> CheckpointId:

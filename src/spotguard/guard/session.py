@@ -14,13 +14,12 @@
 import contextlib
 import datetime as dt
 import logging
-import math
 import os
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spotguard._time import format_seconds
 from spotguard.checkpoint import Manifest
@@ -57,7 +56,10 @@ from spotguard.state.data import DataTracker
 from spotguard.state.rng import capture_rng, is_generator, restore_rng
 from spotguard.state.snapshot import HostBuffers, ShardImage, Snapshot
 from spotguard.state.train_state import TrainState
-from spotguard.stores import ObjectRef, ObjectStore, open_store
+from spotguard.stores import ObjectRef, open_store
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["SpotGuard"]
 
@@ -116,19 +118,25 @@ class SpotGuard:
     ) -> None:
         settings = load_settings()
         if not isinstance(state, TrainState):
-            raise ConfigError(f"state={type(state).__name__}(...): wrap it, as in TrainState(model=model, optimizer=optimizer)")
+            raise ConfigError(
+                f"state={type(state).__name__}(...): wrap it, as in TrainState(model=model, optimizer=optimizer)"
+            )
         if not isinstance(uri, (str, os.PathLike)):
             uris = list(uri)
             if len(uris) != 1:
-                raise ConfigError(f"uri={uris!r}: this release writes to one place; several tiers are not supported yet")
+                raise ConfigError(
+                    f"uri={uris!r}: this release writes to one place; several tiers are not supported yet"
+                )
             uri = uris[0]
         self._store = open_store(uri)
         self._state = state
-        self._policy = as_save_policy(settings.choose("every", every))
-        self._retention = as_retention_policy(settings.choose("keep", keep))
+        self._policy = settings.choose("every", every, as_save_policy)
+        self._retention = settings.choose("keep", keep, as_retention_policy)
         self._exit_code = int(settings.choose("exit_code", exit_code))
         if not 1 <= self._exit_code <= 255:
-            raise ConfigError(f"exit_code={exit_code!r}: must be 1 to 255; 0 would tell the scheduler that the work is done")
+            raise ConfigError(
+                f"exit_code={exit_code!r}: must be 1 to 255; 0 would tell the scheduler that the work is done"
+            )
         for source in notices:
             if not isinstance(source, NoticeSource):
                 raise ConfigError(f"notices=[{source!r}]: a notice source has a name and a method watch(emit, stop)")
@@ -154,9 +162,12 @@ class SpotGuard:
     # -- the loop --------------------------------------------------------------------------------------------------------------
 
     def epochs(self, total: int) -> Iterator[int]:
-        """Epoch numbers, from the restored one to ``total - 1``. The end of an epoch is a boundary, after the code behind the inner loop."""
+        """Epoch numbers, from the restored one to ``total - 1``.
+
+        The end of an epoch is a boundary, after the code behind the inner loop.
+        """
         self._check_entered("epochs")
-        if isinstance(total, bool) or not isinstance(total, int) or total < 1:
+        if type(total) is not int or total < 1:
             raise ConfigError(f"epochs({total!r}): the number of epochs is a whole number of at least 1")
         return self._epochs(total)
 
@@ -168,13 +179,15 @@ class SpotGuard:
         """
         self._check_entered("batches")
         if not hasattr(loader, "__iter__"):
-            raise ConfigError(f"batches({type(loader).__name__}): not something to iterate over; pass the DataLoader itself")
+            raise ConfigError(
+                f"batches({type(loader).__name__}): not something to iterate over; pass the DataLoader itself"
+            )
         return _Batches(loader, self._batches)
 
     def steps(self, total: int) -> Iterator[int]:
         """Step numbers, from the restored one to ``total - 1``, for loops that count steps. Asking for the next one is a boundary."""
         self._check_entered("steps")
-        if isinstance(total, bool) or not isinstance(total, int) or total < 1:
+        if type(total) is not int or total < 1:
             raise ConfigError(f"steps({total!r}): the number of steps is a whole number of at least 1")
         return self._steps(total)
 
@@ -209,7 +222,7 @@ class SpotGuard:
 
     # -- start and end ---------------------------------------------------------------------------------------------------------
 
-    def __enter__(self) -> "SpotGuard":
+    def __enter__(self) -> "Self":
         if self._used:
             raise ConfigError("this SpotGuard has been entered before; make a new one for each run of the loop")
         self._used = True
@@ -231,14 +244,16 @@ class SpotGuard:
 
     def _start(self) -> None:
         began = time.monotonic()
-        signals = SignalSource(repeat_s=self._settings.repeat_s)
-        signals.install()
-        self._cleanup.callback(signals.restore)
+        self._signals = SignalSource(repeat_s=self._settings.repeat_s, on_record=self._raise_alert)
+        self._signals.install()
+        self._cleanup.callback(self._signals.restore)
         self._state.check()
         if self._settings.rehearsal:
             self._join_rehearsal(self._settings.rehearsal)
         if self._store.uri in _open_runs:
-            raise ConfigError(f"uri={self._store.uri!r} is guarded by another SpotGuard of this process; give each run a URI of its own")
+            raise ConfigError(
+                f"uri={self._store.uri!r} is guarded by another SpotGuard of this process; give each run a URI of its own"
+            )
         _open_runs.add(self._store.uri)
         self._cleanup.callback(_open_runs.discard, self._store.uri)
         try:
@@ -261,10 +276,9 @@ class SpotGuard:
         )
         self._cleanup.callback(self._writer.close)
         polling = PollingSource("request", self._stop_requested, self._settings.poll_s)
-        self._watcher = NoticeWatcher([signals, polling, *self._sources], self._on_notice)
+        self._watcher = NoticeWatcher([self._signals, polling, *self._sources], self._on_notice)
         self._watcher.start()
         self._cleanup.callback(self._watcher.close)
-        self._cleanup.callback(signals.wake)
         self._plan_next_save()
 
     def _resume(self, run_id: str, attempt: int, began: float) -> Manifest | None:
@@ -285,7 +299,8 @@ class SpotGuard:
         self.step, self.epoch = local["progress"]["step"], local["progress"]["epoch"]
         self._finished, self._finished_total = checkpoint.manifest.finished, local["progress"]["total"]
         self._tracker.load(local["data"])
-        for what in self._apply():
+        inexact = self._apply()
+        for what in inexact:
             warnings.warn(what, InexactResumeWarning, stacklevel=4)
             self._publish(InexactResume(what=what))
         seconds = time.monotonic() - began
@@ -296,7 +311,8 @@ class SpotGuard:
             + (", finished" if self._finished else "")
         )
         if self._gate is not None:
-            self._gate.ask("resumed", step=self.step, checkpoint=checkpoint.id, seconds=seconds)
+            rejected = [f"checkpoint {candidate.id} was passed over: {candidate.reason}" for candidate in resolution.rejected]
+            self._gate.ask("resumed", step=self.step, checkpoint=checkpoint.id, seconds=seconds, inexact=inexact, rejected=rejected)
         return checkpoint.manifest
 
     def _join_rehearsal(self, path: str) -> None:
@@ -333,7 +349,9 @@ class SpotGuard:
     def _epochs(self, total: int) -> Iterator[int]:
         self._total = total
         if self._finished and total <= self._finished_total:
-            _say(f"this run finished at step {self.step}; ask for more than {self._finished_total} epochs, or use another URI, to train on")
+            _say(
+                f"this run finished at step {self.step}; ask for more than {self._finished_total} epochs, or use another URI, to train on"
+            )
             return
         self._finished = False
         while self.epoch < total:
@@ -380,7 +398,9 @@ class SpotGuard:
     def _steps(self, total: int) -> Iterator[int]:
         self._total = total
         if self._finished and total <= self._finished_total:
-            _say(f"this run finished at step {self.step}; ask for more than {self._finished_total} steps, or use another URI, to train on")
+            _say(
+                f"this run finished at step {self.step}; ask for more than {self._finished_total} steps, or use another URI, to train on"
+            )
             return
         self._finished = False
         self._driver = "steps"
@@ -404,8 +424,8 @@ class SpotGuard:
             self._alert = False
         if self._writer.fenced is not None:
             raise self._writer.fenced
-        if self._watcher.notice is not None:
-            self._stop(self._watcher.notice)
+        if (notice := self._watcher.notice or self._signals.recorded()) is not None:
+            self._stop(notice)
         if self._writer.failures >= self._settings.max_failures:
             raise SaveError(
                 f"{self._writer.failures} saves in a row failed, the last with: {self._writer.error}. Mend the cause and start again; "
@@ -434,7 +454,7 @@ class SpotGuard:
         identity, seconds = last.id if last else None, time.monotonic() - began
         self._publish(Stopped(checkpoint=identity, step=self.step, reason=notice.detail, seconds=seconds))
         if self._gate is not None:
-            self._gate.ask("stopped", step=self.step, checkpoint=identity, seconds=seconds)
+            self._gate.ask("stopped", step=self.step, checkpoint=identity, seconds=seconds, code=self._exit_code)
         preempted = Preempted(identity, reason=notice.detail, code=self._exit_code)
         _say(str(preempted))
         raise preempted
@@ -458,7 +478,10 @@ class SpotGuard:
             "data": self._tracker.state(),
             "progress": {"step": self.step, "epoch": self.epoch, "total": self._total},
         }
-        images = (ShardImage(name, 0 if name == _RANK else None, self._buffers.capture(name, tree)) for name, tree in trees.items())
+        images = (
+            ShardImage(name, 0 if name == _RANK else None, self._buffers.capture(name, tree))
+            for name, tree in trees.items()
+        )
         snapshot = Snapshot(self.step, self.epoch, self._tracker.batch, self._finished, tuple(images))
         self._writer.submit(snapshot, metrics, progress)
         self._stall_s, self._saved_at = time.monotonic() - began, self._boundaries
@@ -488,7 +511,10 @@ class SpotGuard:
             self._apply()
             self._payload = None
 
-    # -- what other threads call -----------------------------------------------------------------------------------------------
+    # -- what other threads and the signal handler call -----------------------------------------------------------------------------------------------
+
+    def _raise_alert(self) -> None:
+        self._alert = True
 
     def _publish(self, event: Event) -> None:
         if isinstance(event, SaveFailed):
@@ -532,7 +558,9 @@ def _refuse_several_ranks() -> None:
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         size = max(size, distributed.get_world_size())
     if size > 1:
-        raise ConfigError(f"{size} ranks: this release guards a single process; ranks that do not agree on a step would lose the run")
+        raise ConfigError(
+            f"{size} ranks: this release guards a single process; ranks that do not agree on a step would lose the run"
+        )
 
 
 def _say(text: str) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-__all__ = ["NoticeSource", "PreemptionNotice"]
+__all__ = ["NoticeSource", "PreemptionNotice", "Wakeable"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,4 +40,13 @@ class NoticeSource(Protocol):
 
     def watch(self, emit: Callable[[PreemptionNotice], None], stop: threading.Event) -> None:
         """Watch until `stop` is set, calling `emit` for each notice. Runs in a thread of its own."""
+        ...
+
+
+@runtime_checkable
+class Wakeable(Protocol):
+    """A source whose `watch` waits for something else than its stop event, and can be told to look at it now."""
+
+    def wake(self) -> None:
+        """Make `watch` look at its stop event. Called from another thread."""
         ...

@@ -35,6 +35,8 @@ class SignalSource:
     Args:
         signals: What to hear. A signal that the parent had set to be ignored (``nohup``) stays ignored, SIGTERM excepted.
         repeat_s: Launchers often deliver one stop twice; repeats within so many seconds are the same notice.
+        on_record: Called by the handler itself, in the main thread, to set a flag and nothing else: the loop then sees the signal at its
+            next boundary even if the watching thread has not had its turn at the interpreter.
         leave: How to end the process at once, given the exit status.
     """
 
@@ -45,11 +47,12 @@ class SignalSource:
         signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT),
         *,
         repeat_s: float = 1.0,
+        on_record: Callable[[], None] = lambda: None,
         leave: Callable[[int], NoReturn] = os._exit,
     ) -> None:
         self._signals = signals
         self._repeat_s = repeat_s
-        self._leave = leave
+        self._on_record, self._leave = on_record, leave
         self._previous: dict[int, Any] = {}
         self._previous_fd = -1
         self._recorded: int | None = None
@@ -67,8 +70,8 @@ class SignalSource:
                 "Move the training loop there"
             )
         self._reader, self._writer = socket.socketpair()
-        self._reader.setblocking(False)
-        self._writer.setblocking(False)
+        self._reader.settimeout(0)
+        self._writer.settimeout(0)
         self._previous_fd = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in self._signals:
             if number != signal.SIGTERM and signal.getsignal(number) is signal.SIG_IGN:
@@ -101,6 +104,11 @@ class SignalSource:
                 if number in self._previous:
                     self._arrived(signal.Signals(number), emit)
 
+    def recorded(self) -> PreemptionNotice | None:
+        """What the handler has recorded, as a notice; None when no signal has come."""
+        number = self._recorded
+        return None if number is None else self._notice(signal.Signals(number))
+
     def wake(self) -> None:
         """Make `watch` look at its stop event now."""
         self._writer.send(b"\0")
@@ -109,13 +117,19 @@ class SignalSource:
         now = time.monotonic()
         if self._first is None:
             self._first = now
-            emit(PreemptionNotice(source=self.name, kind="signal", detail=number.name))
+            emit(self._notice(number))
         elif now - self._first > self._repeat_s:
-            os.write(2, f"spotguard: second {number.name}, leaving at once; the last committed checkpoint stands\n".encode())
+            os.write(
+                2, f"spotguard: second {number.name}, leaving at once; the last committed checkpoint stands\n".encode()
+            )
             self._leave(128 + number)
+
+    def _notice(self, number: signal.Signals) -> PreemptionNotice:
+        return PreemptionNotice(source=self.name, kind="signal", detail=number.name)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._recorded = number
+        self._on_record()
         previous = self._previous.get(number)
         if callable(previous) and previous is not signal.default_int_handler:
             previous(number, frame)

@@ -5,7 +5,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 
-from spotguard.notices.base import NoticeSource, PreemptionNotice
+from spotguard.notices.base import NoticeSource, PreemptionNotice, Wakeable
 
 __all__ = ["NoticeWatcher"]
 
@@ -25,6 +25,7 @@ class NoticeWatcher:
 
     def __init__(self, sources: Sequence[NoticeSource], on_notice: Callable[[PreemptionNotice], None]) -> None:
         self.notice: PreemptionNotice | None = None
+        self._sources = sources
         self._on_notice = on_notice
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -41,6 +42,9 @@ class NoticeWatcher:
     def close(self, timeout: float = 5.0) -> None:
         """Stop watching; waits up to `timeout` seconds for each source."""
         self._stop.set()
+        for source in self._sources:
+            if isinstance(source, Wakeable):
+                source.wake()
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(timeout)

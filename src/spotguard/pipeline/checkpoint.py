@@ -73,7 +73,9 @@ class Checkpoint:
 
         tree = {}
         for shard in self.manifest.shards:
-            tree[shard.name] = decode(fetch_shard(self.store, shard, progress=progress), key=f"{self.store.uri}/{shard.key}")
+            tree[shard.name] = decode(
+                fetch_shard(self.store, shard, progress=progress), key=f"{self.store.uri}/{shard.key}"
+            )
         return tree
 
 
@@ -98,7 +100,9 @@ def fetch_shard(
 
     def fetch() -> memoryview:
         if not shard.digest.startswith("crc64nvme:"):
-            raise CheckpointDamagedError(f"{where}: digest {shard.digest.partition(':')[0]!r} is not known to this release")
+            raise CheckpointDamagedError(
+                f"{where}: digest {shard.digest.partition(':')[0]!r} is not known to this release"
+            )
         with store.open(shard.key, version=shard.version) as reader:
             if reader.size != shard.size:
                 raise CheckpointDamagedError(f"{where} has {reader.size} bytes, the manifest says {shard.size}")

@@ -40,6 +40,7 @@ class CheckpointStore:
         self._attempt: int | None = None
         self._run_id = ""
         self._previous: Checkpoint | None = None
+        self._used: tuple[int, int] | None = None  # step and sequence of the last save
 
     def save(self, members: Mapping[str, Any], *, step: int, metrics: Mapping[str, float] | None = None) -> Checkpoint:
         """Commit a checkpoint; durable when this returns.
@@ -59,7 +60,7 @@ class CheckpointStore:
         from spotguard.state.codec import check_loadable
         from spotguard.state.snapshot import HostBuffers, ShardImage, Snapshot
 
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        if type(step) is not int or step < 0:
             raise ConfigError(f"save(step={step!r}): a step is a whole number, 0 or more")
         buffers = HostBuffers()
         images = []
@@ -71,16 +72,18 @@ class CheckpointStore:
             raise ConfigError("save({}): there is nothing to save; pass {'model': model.state_dict()}")
         if self._attempt is None:
             self._run_id = open_run(self.objects).run_id
-            self._previous = self.latest()
-            self._attempt = claim_attempt(self.objects).attempt
+            claim = claim_attempt(self.objects)  # before looking: from here on nobody else can sweep away what is found
+            self._previous = resolve(self.objects, run_id=self._run_id).require()
+            self._attempt, self._used = claim.attempt, None
         before = self._previous.manifest if self._previous else None
-        again = before is not None and (before.attempt, before.step) == (self._attempt, step)
+        sequence = self._used[1] + 1 if self._used and self._used[0] == step else 0
+        self._used = step, sequence  # also if this save fails: its objects are never written over
         manifest, _ = commit(
             self.objects,
             Snapshot(step, 0, 0, finished=False, shards=tuple(images)),
             run_id=self._run_id,
             attempt=self._attempt,
-            sequence=before.sequence + 1 if before and again else 0,
+            sequence=sequence,
             previous=before,
             metrics=metrics,
         )
@@ -148,7 +151,7 @@ class CheckpointStore:
 
     def prune(self, keep: RetentionPolicy | int, *, dry_run: bool = False) -> SweepPlan:
         """Delete what the policy does not want; never the newest checkpoint, and nothing that a running save may need."""
-        return sweep(self.objects, as_retention_policy(keep), dry_run=dry_run)
+        return sweep(self.objects, as_retention_policy(keep), owner=self._attempt, dry_run=dry_run)
 
     def _find(self, identity: "str | int") -> CheckpointId:
         history = read_history(self.objects)
@@ -161,7 +164,9 @@ class CheckpointStore:
                 if candidate.step == int(identity):
                     return candidate
         known = ", ".join(str(item) for item in history.manifests[-5:]) or "none"
-        raise CheckpointNotFoundError(f"{self.uri} has no checkpoint {identity!r}; the newest are: {known} (see 'spotguard ls')")
+        raise CheckpointNotFoundError(
+            f"{self.uri} has no checkpoint {identity!r}; the newest are: {known} (see 'spotguard ls')"
+        )
 
 
 class LocalCheckpointStore(CheckpointStore):
@@ -178,4 +183,6 @@ class LocalCheckpointStore(CheckpointStore):
         from spotguard.stores import LocalObjectStore
 
         if not isinstance(self.objects, LocalObjectStore):
-            raise ConfigError(f"LocalCheckpointStore({os.fspath(path)!r}): that is not a local path; use CheckpointStore(uri)")
+            raise ConfigError(
+                f"LocalCheckpointStore({os.fspath(path)!r}): that is not a local path; use CheckpointStore(uri)"
+            )

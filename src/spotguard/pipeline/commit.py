@@ -111,7 +111,12 @@ def check_fence(store: ObjectStore, attempt: int) -> None:
 
 
 def _write_shard(
-    store: ObjectStore, identity: CheckpointId, image: ShardImage, digest: str, deadline: float | None, progress: Progress | None
+    store: ObjectStore,
+    identity: CheckpointId,
+    image: ShardImage,
+    digest: str,
+    deadline: float | None,
+    progress: Progress | None,
 ) -> ShardRecord:
     key, step = identity.shard_key(image.name), 32 << 20
 
@@ -133,4 +138,3 @@ def _libraries() -> dict[str, str]:
         if name in sys.modules:
             found[name] = str(sys.modules[name].__version__)
     return found
-

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import socket
+import time
 import uuid
 from collections.abc import Iterable, Mapping
 
@@ -10,11 +11,19 @@ import spotguard
 from spotguard._time import utc_now
 from spotguard.checkpoint import CheckpointId, Claim, RunRecord
 from spotguard.checkpoint.layout import ATTEMPTS, MANIFESTS, RUN, claim_key, parse_claim_key, parse_manifest_key
-from spotguard.errors import CheckpointDamagedError, ObjectExistsError, ObjectNotFoundError, StoreError
+from spotguard.errors import (
+    CheckpointDamagedError,
+    NoUsableCheckpointError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    StoreError,
+)
 from spotguard.pipeline.objects import read_object, retried, write_object
 from spotguard.stores import ObjectStore
 
 __all__ = ["History", "claim_attempt", "lineage", "open_run", "read_history"]
+
+_PATIENCE, _PAUSE_S = 20, 0.05  # how often, and how far apart, a start looks for the run record that another one is creating
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +97,10 @@ def read_history(store: ObjectStore) -> History:
     manifests = tuple(sorted(identity for identity in keys if identity is not None))
     for attempt in {identity.attempt for identity in manifests} - set(claims) - set(damaged):
         damaged[attempt] = f"{store.uri}/{claim_key(attempt)} is missing, but there are checkpoints of that attempt"
+    for claim in list(claims.values()):
+        if claim.parent is not None and claim.parent not in claims:
+            where = f"{store.uri}/{claim_key(claim.parent)}"
+            damaged.setdefault(claim.parent, f"{where} is missing, but attempt {claim.attempt} continues it")
     for attempt in damaged:
         claims[attempt] = Claim(attempt=attempt, created_at=utc_now(), reason="unreadable")
     return History(claims, manifests, damaged)
@@ -99,7 +112,7 @@ def open_run(store: ObjectStore) -> RunRecord:
     Raises:
         StoreError: The directory holds things that are not a run of ours.
     """
-    for _ in range(2):
+    for tries in range(2 * _PATIENCE):
         try:
             return RunRecord.from_bytes(read_object(store, RUN), key=f"{store.uri}/{RUN}")
         except ObjectNotFoundError:
@@ -111,8 +124,14 @@ def open_run(store: ObjectStore) -> RunRecord:
             )
         try:
             write_object(store, RUN, record.to_bytes(), exclusive=True)
-        except ObjectExistsError:
-            continue  # another start came first: its record counts
+        except (ObjectExistsError, ObjectNotFoundError):
+            # Another start came first: its record counts. If none appears, it died between taking the name and giving it content
+            # (on a mount without hard links). What it left is removed, and with it its means to come back.
+            if tries >= 1:
+                time.sleep(_PAUSE_S)
+            if tries == _PATIENCE:
+                store.discard_partials(lambda key: key == RUN)
+            continue
         return record
     raise StoreError(f"{store.uri}/{RUN} can be neither read nor created")
 
@@ -126,15 +145,25 @@ def claim_attempt(store: ObjectStore, *, rollback_to: CheckpointId | None = None
 
     Returns:
         The claim as written.
+
+    Raises:
+        NoUsableCheckpointError: Claims are damaged, and without them no checkpoint is known to be of this history.
     """
-    skip = 0
+    skip, mine = 0, set[int]()
     while True:
         history = read_history(store)
-        newest, line = history.newest_attempt, history.lineage
+        newest, before = history.newest_attempt, _without(history, mine)
+        line = before.lineage
         if rollback_to is not None:
             parent, bound, reason = rollback_to.attempt, rollback_to.step, "rollback"
+        elif not line and history.damaged:
+            # A claim made now would say that there was nothing to continue, for good, even if the damaged ones are brought back.
+            raise NoUsableCheckpointError(
+                "it is not known which checkpoints belong to this run:\n  " + "\n  ".join(history.damaged.values()) + "\n"
+                "Bring the claims back, 'spotguard rollback' to a whole checkpoint, or start a new run under another URI"
+            )
         else:
-            parent, bound, reason = newest, line[0].step if line else 0, "start"
+            parent, bound, reason = before.newest_attempt, line[0].step if line else 0, "start"
         claim = Claim(
             attempt=newest + 1 + skip,
             parent=parent or None,
@@ -150,4 +179,17 @@ def claim_attempt(store: ObjectStore, *, rollback_to: CheckpointId | None = None
             # Somebody was faster, or died between taking the name and giving it content; in the latter case go on to the next number.
             skip = skip + 1 if read_history(store).newest_attempt == newest else 0
             continue
+        # A process that is about to be fenced off may have committed between our listing and our claim, and swept away what we are about
+        # to resume from. From here on no commit of it can go unseen by its own sweep, so one more look is enough.
+        mine.add(claim.attempt)
+        after = read_history(store)
+        if rollback_to is None and after.newest_attempt == claim.attempt and _without(after, mine).lineage[:1] != line[:1]:
+            skip = 0
+            continue
         return claim
+
+
+def _without(history: History, attempts: set[int]) -> History:
+    """The history as it would be had these attempts never been claimed."""
+    claims = {attempt: claim for attempt, claim in history.claims.items() if attempt not in attempts}
+    return dataclasses.replace(history, claims=claims)

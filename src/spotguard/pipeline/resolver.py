@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from spotguard.checkpoint import CheckpointId
+from spotguard.checkpoint.layout import claim_key
 from spotguard.errors import CheckpointDamagedError, NoUsableCheckpointError
 from spotguard.pipeline.checkpoint import Checkpoint, load_manifest
 from spotguard.pipeline.history import History, read_history
@@ -35,7 +36,7 @@ class Resolution:
     Attributes:
         checkpoint: The newest one that is committed and verified; None in a new run.
         candidates: All of them, with reasons.
-        damaged: Claims that could not be read, with reasons: what came before them is not known.
+        damaged: Claims that could not be read, or that continue what is not there, with reasons.
         loaded: What `load` of the checkpoint gave, where loading was asked for.
     """
 
@@ -56,7 +57,9 @@ class Resolution:
             NoUsableCheckpointError: There were candidates and all were rejected. Training must not start from zero in silence.
         """
         if self.checkpoint is None and (self.rejected or self.damaged):
-            reasons = [f"  {candidate.id}: {candidate.reason}" for candidate in self.rejected] + [f"  {text}" for text in self.damaged]
+            reasons = [f"  {candidate.id}: {candidate.reason}" for candidate in self.rejected] + [
+                f"  {text}" for text in self.damaged
+            ]
             raise NoUsableCheckpointError(
                 "this run has checkpoints or claims, and none can be resumed from:\n" + "\n".join(reasons) + "\n"
                 "Bring the damaged objects back, 'spotguard rollback' to a whole checkpoint, or start a new run under another URI"
@@ -106,7 +109,17 @@ def resolve(
         chosen = checkpoint
         candidates.append(Candidate(str(identity), "chosen", "newest of the lineage that is committed and verified"))
     candidates += _off_lineage(history, set(line))
-    return Resolution(chosen, tuple(candidates), tuple(history.damaged.values()), loaded)
+    damaged = [*history.damaged.values(), *([] if line else _emptied(store, history))]
+    return Resolution(chosen, tuple(candidates), tuple(damaged), loaded)
+
+
+def _emptied(store: ObjectStore, history: History) -> list[str]:
+    """Proof that a history without checkpoints once had one: claims that continue it. No sweep of ours deletes the last."""
+    return [
+        f"{store.uri}/{claim_key(claim.attempt)} continues a checkpoint of step {claim.parent_max_step}, and the store has none of that history"
+        for claim in history.claims.values()
+        if claim.parent_max_step
+    ]
 
 
 def _off_lineage(history: History, line: set[CheckpointId]) -> list[Candidate]:

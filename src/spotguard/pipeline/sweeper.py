@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from spotguard._time import utc_now
 from spotguard.checkpoint import CheckpointId, Manifest
-from spotguard.checkpoint.layout import CHECKPOINTS, EVENTS, attempt_of_key, parse_shard_key
+from spotguard.checkpoint.layout import CHECKPOINTS, EVENTS, RUN, attempt_of_key, parse_shard_key
 from spotguard.errors import CheckpointDamagedError, FormatTooNewError
 from spotguard.pipeline.checkpoint import Checkpoint, load_manifest
 from spotguard.pipeline.history import History, read_history
@@ -67,12 +67,13 @@ def plan_sweep(
     unread = {item for item in history.manifests if item not in manifests}
     keep = policy.keep(line, now=now) | policy.keep(everything, now=now) | protect | unread
     drop = tuple(item for item in history.manifests if item not in keep)
+    # An interrupted save has no manifest: a file beside the shards of a checkpoint that stays is somebody else's.
     named = {shard.key for item, manifest in manifests.items() if item in keep for shard in manifest.shards}
     dropped = {shard.key for item in drop for shard in manifests[item].shards}
     objects = []
     for info in shards:
         owner = parse_shard_key(info.key)
-        if owner is None or info.key in named or any(owner <= item for item in unread):
+        if owner is None or info.key in named or owner in keep or any(owner <= item for item in unread):
             continue
         if info.key in dropped or owner.attempt <= orphans_up_to:
             objects.append(info)
@@ -124,5 +125,7 @@ def sweep(
 
 def _is_stale(key: str, limit: int) -> bool:
     """Whether a partial object is nobody's any more. The event log of the running attempt is written beside its commits."""
+    if key == RUN:
+        return True  # there is a run record, or there would be nothing to sweep: whoever is still at it comes too late
     attempt = attempt_of_key(key)
     return attempt is not None and (attempt < limit or (attempt == limit and not key.startswith(EVENTS)))

@@ -96,7 +96,7 @@ class Writer:
                 job = self._job
             try:
                 self._commit(*job)
-            except Exception as error:  # the top of the thread: told by event now, raised in the loop after several in a row
+            except Exception as error:  # noqa: BLE001 - top of the thread: told by event, raised in the loop after several
                 self._failed(job[0].step, error)
             finally:
                 with self._wake:
@@ -104,6 +104,8 @@ class Writer:
                     self._wake.notify_all()
 
     def _commit(self, snapshot: Snapshot, metrics: Mapping[str, float], progress: Callable[[int], None] | None) -> None:
+        if self.error is not None:
+            self._sweep()  # what the failed save left behind may be what fills the disk
         started = time.monotonic()
         sequence = self._used.sequence + 1 if self._used and self._used.step == snapshot.step else 0
         self._used = CheckpointId(self._attempt, snapshot.step, sequence)
@@ -135,7 +137,7 @@ class Writer:
         try:
             plan = sweep(self.store, self._retention, owner=self._attempt)
         except CheckpointDamagedError as error:
-            logger.error("retention deleted nothing, for the newest checkpoint does not verify: %s", error)  # noqa: TRY400
+            logger.error("retention deleted nothing, for the newest checkpoint does not verify: %s", error)
             self._publish(SaveFailed(step=self.last.step if self.last else 0, error=str(error), in_a_row=self.failures))
         except (SpotguardError, OSError) as error:
             logger.warning("retention could not delete old checkpoints, will try again after the next save: %s", error)

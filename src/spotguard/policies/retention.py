@@ -23,10 +23,10 @@ class RetentionPolicy(Protocol):
 
 class _Composes:
     def __and__(self: RetentionPolicy, other: RetentionPolicy) -> "_Both":
-        return _Both(self, other)
+        return _Both(self, as_retention_policy(other))
 
     def __or__(self: RetentionPolicy, other: RetentionPolicy) -> "_AnyOf":
-        return _AnyOf(self, other)
+        return _AnyOf(self, as_retention_policy(other))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ class KeepYoungerThan(_Composes):
 
 
 def _check_count(count: int, name: str) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+    if type(count) is not int or count < 1:
         raise ConfigError(f"{name}({count!r}): how many to keep must be a whole number of at least 1")
 
 
@@ -135,4 +135,6 @@ def as_retention_policy(keep: RetentionPolicy | int) -> RetentionPolicy:
         return KeepNewest(keep)
     if callable(getattr(keep, "keep", None)):
         return keep
-    raise ConfigError(f"keep={keep!r} is not a retention policy; write keep=3 or KeepBest(5, 'val_loss') | KeepNewest(2)")
+    raise ConfigError(
+        f"keep={keep!r} is not a retention policy; write keep=3 or KeepBest(5, 'val_loss') | KeepNewest(2)"
+    )

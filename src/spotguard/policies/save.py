@@ -44,7 +44,7 @@ class SavePolicy(Protocol):
 
 class _Either:
     def __or__(self: SavePolicy, other: SavePolicy) -> "SavePolicy":
-        return _AnyOf((self, other))
+        return _AnyOf((self, as_save_policy(other)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ class EverySteps(_Either):
     steps: int
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+        if type(self.steps) is not int or self.steps < 1:
             raise ConfigError(f"every={self.steps!r}: a number of steps must be a whole number of at least 1")
 
     def next_due(self, last: SavePoint) -> Due:
@@ -84,13 +84,13 @@ class EverySeconds(_Either):
         >>> EverySeconds(600.0).next_due(SavePoint(step=7, time=1000.0)).time
         1600.0
         >>> EverySteps(100) | EverySeconds(60)  # whichever comes first
-        _AnyOf(policies=(EverySteps(steps=100), EverySeconds(seconds=60)))
+        _AnyOf(policies=(EverySteps(steps=100), EverySeconds(seconds=60.0)))
     """
 
     seconds: float
 
     def __post_init__(self) -> None:
-        parse_seconds(self.seconds, argument="every")
+        object.__setattr__(self, "seconds", parse_seconds(self.seconds, argument="every"))
 
     def next_due(self, last: SavePoint) -> Due:
         """`seconds` after the last save."""
@@ -120,8 +120,8 @@ class AutoInterval(_Either):
     longest: float = 1800.0
 
     def __post_init__(self) -> None:
-        parse_seconds(self.mtbf, argument="AutoInterval(mtbf)")
-        parse_seconds(self.longest, argument="AutoInterval(longest)")
+        for name in ("mtbf", "longest"):
+            object.__setattr__(self, name, parse_seconds(getattr(self, name), argument=f"AutoInterval({name})"))
         if not 0 < self.overhead < 1:
             raise ConfigError(f"AutoInterval(overhead={self.overhead!r}) must be a share between 0 and 1, such as 0.02")
 
@@ -144,16 +144,24 @@ def as_save_policy(every: "SavePolicy | int | float | str | dt.timedelta") -> Sa
         (EverySteps(steps=500), EverySeconds(seconds=600.0))
     """
     if isinstance(every, (bool, float)):
-        raise ConfigError(f"every={every!r}: write steps as a whole number (every=500) and time with its unit (every='10m')")
+        raise ConfigError(
+            f"every={every!r}: write steps as a whole number (every=500) and time with its unit (every='10m')"
+        )
     if isinstance(every, int):
         return EverySteps(every)
     if isinstance(every, str):
         text = every.strip()
         if text == "auto":
             return AutoInterval()
-        return EverySteps(int(text)) if text.lstrip("-").isdecimal() else EverySeconds(parse_seconds(text, argument="every"))
+        return (
+            EverySteps(int(text))
+            if text.lstrip("-").isdecimal()
+            else EverySeconds(parse_seconds(text, argument="every"))
+        )
     if isinstance(every, dt.timedelta):
         return EverySeconds(parse_seconds(every, argument="every"))
     if callable(getattr(every, "next_due", None)):
         return every
-    raise ConfigError(f"every={every!r} is not a save policy; write every=500, every='10m' or EverySteps(500) | EverySeconds(60)")
+    raise ConfigError(
+        f"every={every!r} is not a save policy; write every=500, every='10m' or EverySteps(500) | EverySeconds(60)"
+    )

@@ -1,7 +1,7 @@
 """One member, one torch file: laid out once, filled again at every save.
 
-A torch file is a zip archive of stored (never compressed) records: ``data.pkl`` holds the structure, ``data/0``, ``data/1``, ... the bytes of
-the storages, each at a multiple of 64 bytes. The layout depends on nothing but the sizes, so a save is one copy of each storage to a
+A torch file is a zip archive of stored (never compressed) records: ``data.pkl`` holds the structure, ``data/0``, ``data/1``, ... the
+bytes of the storages, each at a multiple of 64 bytes. The layout depends on nothing but the sizes, so a save is one copy of each storage to a
 known place plus a small pickle, and the buffer *is* the file: hashed, written and uploaded as it stands.
 
 Two liberties, both of which ``torch.load`` allows: ``data.pkl`` is followed by zero bytes, for room to grow (a pickle ends at its STOP),
@@ -13,7 +13,7 @@ import io
 import pickle
 import struct
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -47,7 +47,9 @@ class _Pickler(pickle.Pickler):
             return None
         key, known = self._keys.setdefault(storage._cdata, (str(len(self.storages)), dtype))  # noqa: SLF001
         if known != dtype:
-            raise ConfigError(f"two tensors view the same memory as {known} and as {dtype}; torch files cannot hold that: clone one")
+            raise ConfigError(
+                f"two tensors view the same memory as {known} and as {dtype}; torch files cannot hold that: clone one"
+            )
         if key == str(len(self.storages)):
             self.storages.append(storage)
         return ("storage", kind, key, "cpu", count)
@@ -122,7 +124,11 @@ class Layout:
         short, extra = _sizes(record.size)
         padding = record.data_at - record.header_at - 30 - len(record.name) - len(extra) - 4
         extra += struct.pack("<HH", 0x4246, padding) + b"Z" * padding  # "FB", the padding field that torch writes
-        return struct.pack("<IHHHHHIIIHH", 0x04034B50, 45, 0, 0, 0, 33, 0, short, short, len(record.name), len(extra)) + record.name + extra
+        return (
+            struct.pack("<IHHHHHIIIHH", 0x04034B50, 45, 0, 0, 0, 33, 0, short, short, len(record.name), len(extra))
+            + record.name
+            + extra
+        )
 
     def _directory(self) -> bytes:
         entries = b""
@@ -133,7 +139,24 @@ class Layout:
                 body = extra[4:] + struct.pack("<Q", at)
                 extra, at = struct.pack("<HH", 1, len(body)) + body, _LIMIT32
             entries += struct.pack(
-                "<IHHHHHHIIIHHHHHII", 0x02014B50, 45, 45, 0, 0, 0, 33, 0, short, short, len(record.name), len(extra), 0, 0, 0, 0, at
+                "<IHHHHHHIIIHHHHHII",
+                0x02014B50,
+                45,
+                45,
+                0,
+                0,
+                0,
+                33,
+                0,
+                short,
+                short,
+                len(record.name),
+                len(extra),
+                0,
+                0,
+                0,
+                0,
+                at,
             )
             entries += record.name + extra
         count, at = len(self._records), self._directory_at
@@ -201,7 +224,7 @@ def decode(data: "Buffer", *, key: str) -> Any:
         CheckpointDamagedError: Not a torch file, or one that needs code to be read.
     """
     try:
-        return torch.load(MemoryFile(data), map_location="cpu", weights_only=True)
+        return torch.load(cast("IO[bytes]", MemoryFile(data)), map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
         raise CheckpointDamagedError(f"{key} cannot be read by torch.load(weights_only=True): {error}") from error
 
@@ -229,7 +252,7 @@ def check_readable(name: str, data: "Buffer") -> None:
     Raises:
         ConfigError: Names the member and the classes that are in the way.
     """
-    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(MemoryFile(data))  # type: ignore[arg-type]
+    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(MemoryFile(data))  # type: ignore[arg-type] # any file works
     if unsafe:
         raise ConfigError(
             f"member {name!r}: its state_dict() holds {', '.join(sorted(unsafe))}, which torch.load(weights_only=True) refuses to read. "

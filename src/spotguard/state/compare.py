@@ -52,7 +52,7 @@ def fingerprint(tree: Any) -> str:
 def _feed(tree: Any, update: Any) -> None:
     if isinstance(tree, torch.Tensor):
         update(f"tensor {tree.dtype} {tuple(tree.shape)};".encode())
-        update(memoryview(_bytes(tree).numpy()))
+        update(_bytes(tree).numpy().data)
     elif isinstance(tree, Mapping):
         update(f"mapping {len(tree)};".encode())
         for key in sorted(tree, key=_plain):

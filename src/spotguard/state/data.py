@@ -132,7 +132,9 @@ class DataTracker:
             batches = self._reread(tracked, target)
             arrive()
             return batches
-        if not tracked.workers:  # the sampler first draws inside the first next(): restore between the draws that are skipped and that one
+        if (
+            not tracked.workers
+        ):  # the sampler first draws inside the first next(): restore between the draws that are skipped and that one
             return iter(tracked.over_indices(epoch_seed=0, skip=self.batch, skipped=arrive))
         batches = iter(tracked.over_indices(epoch_seed=self._epoch_seed(tracked), skip=self.batch))
         arrive()  # by now the indices of the batches to prefetch have been drawn, as they had been at the checkpoint

@@ -29,7 +29,9 @@ class TrackedLoader:
 
     def __init__(self, loader: Any, known: tuple[Any, ...]) -> None:
         self.loader = loader
-        self.stateful = callable(getattr(loader, "state_dict", None)) and callable(getattr(loader, "load_state_dict", None))
+        self.stateful = callable(getattr(loader, "state_dict", None)) and callable(
+            getattr(loader, "load_state_dict", None)
+        )
         plain = isinstance(loader, DataLoader) and type(loader).__iter__ is DataLoader.__iter__
         self.indexed = plain and not self.stateful and not isinstance(loader.dataset, IterableDataset)
         self.workers = getattr(loader, "num_workers", 0) if isinstance(loader, DataLoader) else 0
@@ -39,8 +41,8 @@ class TrackedLoader:
         hidden = hidden_generators(getattr(loader, "dataset", None), known, in_workers=self.workers > 0)
         if hidden:
             warn_inexact(
-                f"the dataset keeps generators of its own ({', '.join(hidden)}), whose state is not saved. Draw from the global generators, "
-                "or, with num_workers=0, make the generator a member: TrainState(..., data_rng=generator)"
+                f"the dataset keeps generators of its own ({', '.join(hidden)}), whose state is not saved. Draw from the global "
+                "generators, or, with num_workers=0, make the generator a member: TrainState(..., data_rng=generator)"
             )
 
     @property
@@ -116,7 +118,9 @@ def describe_loader(loader: Any) -> dict[str, Any]:
         "dataset length": _length(dataset) if dataset is not None else _length(loader),
         "batch size": getattr(loader, "batch_size", None),
         "drop_last": getattr(loader, "drop_last", None),
-        "batches": _length(loader) if isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset) else None,
+        "batches": _length(loader)
+        if isinstance(loader, DataLoader) and not isinstance(dataset, IterableDataset)
+        else None,
         "workers": getattr(loader, "num_workers", None),
     }
     return {name: value for name, value in found.items() if isinstance(value, (int, bool))}
@@ -141,8 +145,8 @@ def check_loader(loader: Any, saved: dict[str, Any]) -> None:
         )
     if bool(saved.get("workers")) != bool(here.get("workers")):
         warn_inexact(
-            f"num_workers was {saved.get('workers')} and is {here.get('workers')}: random augmentations draw from the generators of the main "
-            "process without workers and from per-sample ones with workers, so they will differ"
+            f"num_workers was {saved.get('workers')} and is {here.get('workers')}: random augmentations draw from the generators "
+            "of the main process without workers and from per-sample ones with workers, so they will differ"
         )
 
 

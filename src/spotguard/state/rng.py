@@ -22,8 +22,8 @@ def capture_rng() -> RngState:
         True
     """
     state: RngState = {"python": encode_generator(random), "torch": torch.get_rng_state()}
-    if "numpy" in sys.modules:
-        state["numpy"] = _encode_numpy(sys.modules["numpy"].random.get_state(legacy=False))
+    if _numpy() is not None:
+        state["numpy"] = _encode_numpy(_numpy().random.get_state(legacy=False))
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
@@ -44,7 +44,7 @@ def restore_rng(state: RngState) -> list[str]:
         except ImportError:
             missing.append("the numpy generator (numpy is not installed here)")
         else:
-            np.random.set_state(_decode_numpy(state["numpy"]))  # noqa: NPY002 - the global one is what users draw from
+            np.random.set_state(_decode_numpy(state["numpy"]))
     if "cuda" in state:
         found = torch.cuda.device_count() if torch.cuda.is_available() else 0
         for index, device_state in enumerate(state["cuda"][:found]):
@@ -64,7 +64,9 @@ def encode_generator(generator: Any) -> Any:
     if isinstance(generator, torch.Generator):
         return generator.get_state()
     if _is_numpy_generator(generator):
-        return _encode_numpy(generator.bit_generator.state if hasattr(generator, "bit_generator") else generator.get_state(legacy=False))
+        return _encode_numpy(
+            generator.bit_generator.state if hasattr(generator, "bit_generator") else generator.get_state(legacy=False)
+        )
     version, words, gauss = generator.getstate()
     return {"version": version, "words": torch.tensor(words, dtype=torch.int64), "gauss": gauss}
 
@@ -82,8 +84,13 @@ def decode_generator(generator: Any, state: Any) -> None:
         generator.setstate((state["version"], tuple(state["words"].tolist()), state["gauss"]))
 
 
+def _numpy() -> Any:
+    """The numpy module if anybody has imported it; without it there is nothing of its to save."""
+    return sys.modules.get("numpy")
+
+
 def _is_numpy_generator(value: object) -> bool:
-    numpy = sys.modules.get("numpy")
+    numpy = _numpy()
     return numpy is not None and isinstance(value, (numpy.random.Generator, numpy.random.RandomState))
 
 
@@ -91,11 +98,12 @@ def _encode_numpy(value: Any) -> Any:
     """Arrays become int64 tensors, tagged with their dtype; whole numbers above 64 bits become text."""
     if isinstance(value, dict):
         return {key: _encode_numpy(item) for key, item in value.items()}
-    if hasattr(value, "dtype") and getattr(value, "ndim", 0):
+    numpy = _numpy()
+    if isinstance(value, numpy.ndarray):
         return {"array": torch.from_numpy(value.astype("int64")), "dtype": str(value.dtype)}
     if isinstance(value, int) and value.bit_length() > 63:
         return {"integer": str(value)}
-    return value.item() if hasattr(value, "item") else value
+    return value.item() if isinstance(value, numpy.generic) else value
 
 
 def _decode_numpy(value: Any) -> Any:

@@ -81,6 +81,7 @@ class worker_init:  # noqa: N801 - a function with state; a closure could not be
         self.then = then
 
     def __call__(self, worker: int) -> None:
+        """Called in the worker, with its number."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if hasattr(signal, "sigwaitinfo"):
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -107,7 +108,13 @@ class IndexStream:
     """
 
     def __init__(
-        self, inner: Any, *, batched: bool, epoch_seed: int | None, skip: int = 0, skipped: Callable[[], None] | None = None
+        self,
+        inner: Any,
+        *,
+        batched: bool,
+        epoch_seed: int | None,
+        skip: int = 0,
+        skipped: Callable[[], None] | None = None,
     ) -> None:
         self._inner, self._batched, self._epoch_seed = inner, batched, epoch_seed
         self._skip, self._skipped = skip, skipped

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+
 from spotguard.checkpoint.layout import check_member_name
 from spotguard.errors import ConfigError, StateMismatchError
 from spotguard.state.codec import check_loadable
@@ -108,7 +110,9 @@ class TrainState:
         if added := sorted(here - saved):
             parts.append(f"TrainState has {added}, which the checkpoint does not hold")
         raise StateMismatchError(
-            "members differ: " + "; ".join(parts) + ". Give members the names they had, or start a new run under another URI"
+            "members differ: "
+            + "; ".join(parts)
+            + ". Give members the names they had, or start a new run under another URI"
         )
 
     def load_members(self, saved: Mapping[str, Any]) -> list[str]:
@@ -130,6 +134,9 @@ class TrainState:
                     f"member {name!r} does not take back what was saved: {error}. "
                     "Restore the code that built it, or start a new run under another URI"
                 ) from error
+            if isinstance(member, torch.optim.Optimizer):
+                # Schedulers warn when they step before their optimizer did; this one has stepped, in an earlier process.
+                member._opt_called = True  # type: ignore[attr-defined]  # noqa: SLF001
             if (difference := first_difference(saved[name], member.state_dict())) is not None:
                 inexact.append(f"member {name!r} changed its state on load_state_dict(): {difference}")
         return inexact

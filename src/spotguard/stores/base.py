@@ -5,12 +5,13 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from spotguard.errors import ConfigError, DeadlineExceededError
 
 if TYPE_CHECKING:
-    from typing_extensions import Buffer
+    from typing_extensions import Buffer, Self
 
 __all__ = [
     "ObjectInfo",
@@ -75,9 +76,11 @@ class ObjectReader(Protocol):
         """Let go of it."""
         ...
 
-    def __enter__(self) -> "ObjectReader": ...
+    def __enter__(self) -> "Self": ...
 
-    def __exit__(self, *exc: object) -> None: ...
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
 
 
 @runtime_checkable

@@ -10,6 +10,7 @@ import io
 import os
 import re
 import secrets
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +22,15 @@ from spotguard.errors import (
     StoreError,
     TransientStoreError,
 )
-from spotguard.stores.base import ObjectInfo, ObjectReader, ObjectRef, ObjectWriter, check_deadline, check_key, check_prefix
+from spotguard.stores.base import (
+    ObjectInfo,
+    ObjectReader,
+    ObjectRef,
+    ObjectWriter,
+    check_deadline,
+    check_key,
+    check_prefix,
+)
 from spotguard.stores.posix import Posix
 
 if TYPE_CHECKING:
@@ -30,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["LocalObjectStore"]
 
 _CHUNK = 8 << 20  # between two looks at the deadline
+_TRIES = 50  # to create a file in a directory that somebody else removes, because it is empty
 _PARTIAL = re.compile(r"\.sg-(.+)-[0-9a-f]{12}\.tmp|\.sg-(.+)\.lock")
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 _ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
@@ -89,6 +99,7 @@ class LocalObjectStore:
         self.root = Path(root).expanduser().absolute()
         self.uri = str(self.root)
         self._fs = fs or Posix()
+        self._synced: set[Path] = set()  # directories whose own name is known to be durable
 
     @contextlib.contextmanager
     def create(self, key: str, *, exclusive: bool = False, deadline: float | None = None) -> Iterator[ObjectWriter]:
@@ -97,8 +108,7 @@ class LocalObjectStore:
         check_deadline(deadline, key)
         temporary = final.with_name(f".sg-{final.name}-{secrets.token_hex(6)}.tmp")
         with _translated(final):
-            self._make_directories(final.parent)
-            descriptor = self._fs.create(temporary)
+            descriptor = self._create_temporary(temporary)
         writer = _Writer(self._fs, descriptor, final, key, deadline)
         try:
             try:
@@ -119,30 +129,29 @@ class LocalObjectStore:
                 self._fs.unlink(temporary)
             raise
         with _translated(final):
-            self._fs.sync_directory(final.parent)
+            self._sync_nearest(final.parent)
         writer.info = ObjectInfo(key, writer.size)
 
     def open(self, key: str, *, version: str | None = None) -> ObjectReader:  # noqa: ARG002 - no versions here
         """See `ObjectStore.open`."""
         path = self.root / check_key(key)
-        with _translated(path):
+        with _translated(path), _directories_are_no_objects(path):
             return _Reader(path)
 
     def stat(self, key: str, *, version: str | None = None) -> ObjectInfo | None:  # noqa: ARG002 - no versions here
         """See `ObjectStore.stat`."""
         path = self.root / check_key(key)
         try:
-            with _translated(path):
-                return ObjectInfo(key, path.stat().st_size) if path.is_file() else None
+            with _translated(path), _directories_are_no_objects(path):
+                found = path.stat()
         except ObjectNotFoundError:
             return None
+        return ObjectInfo(key, found.st_size) if stat.S_ISREG(found.st_mode) else None
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """See `ObjectStore.list`."""
         folder = check_prefix(prefix).rpartition("/")[0]
-        return (
-            ObjectInfo(key, size) for key, size in self._walk(self.root / folder, folder) if key.startswith(prefix)
-        )
+        return (ObjectInfo(key, size) for key, size in self._walk(self.root / folder, folder) if key.startswith(prefix))
 
     def delete(self, refs: Iterable[ObjectRef]) -> None:
         """See `ObjectStore.delete`. Durable when it returns; a directory that becomes empty goes with its last object."""
@@ -150,7 +159,7 @@ class LocalObjectStore:
         for ref in refs:
             path = self.root / check_key(ref.key)
             try:
-                with _translated(path):
+                with _translated(path), _directories_are_no_objects(path):
                     self._fs.unlink(path)
                     if _lock_of(path).exists():  # from a mount without hard links
                         self._fs.unlink(_lock_of(path))
@@ -159,14 +168,16 @@ class LocalObjectStore:
             touched.add(path.parent)
         for folder in sorted(touched):
             with _translated(folder):
-                self._fs.sync_directory(folder.parent if self._drop_if_empty(folder) else folder)
+                self._drop_if_empty(folder)
+                self._sync_nearest(folder)
 
     def discard_partials(self, is_stale: Callable[[str], bool]) -> Sequence[str]:
         """See `ObjectStore.discard_partials`."""
         gone = []
-        for folder, _, names in os.walk(self.root):
+        for folder, folders, names in os.walk(self.root):
             inside = Path(folder).relative_to(self.root)
-            for name in names:
+            left = len(folders) + len(names)
+            for name in sorted(names):  # a temporary file before the lock that lets it be renamed
                 match = _PARTIAL.fullmatch(name)
                 if match is None:
                     continue
@@ -176,8 +187,10 @@ class LocalObjectStore:
                 with _translated(Path(folder, name)), contextlib.suppress(FileNotFoundError):
                     self._fs.unlink(Path(folder, name))
                 gone.append(key)
-            if gone and inside.parts[1:]:
-                self._drop_if_empty(Path(folder))
+                left -= 1
+            if left == 0 and inside.parts[1:] and is_stale(inside.as_posix()):
+                with _translated(Path(folder)):
+                    self._drop_if_empty(Path(folder))
         return gone
 
     def _name_exclusively(self, temporary: Path, final: Path) -> None:
@@ -186,13 +199,15 @@ class LocalObjectStore:
         except FileExistsError:
             # Over NFS the answer to a link that worked may be lost and the retry told "exists": the link count knows (open(2)).
             if temporary.stat().st_nlink != 2:
+                self._fs.sync_directory(final.parent)  # whoever is told that it exists may rely on it
                 raise
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
             self._name_by_lock(temporary, final)
             return
-        self._fs.unlink(temporary)
+        with contextlib.suppress(OSError):  # the object has its name; a second one is cleared away by `discard_partials`
+            self._fs.unlink(temporary)
 
     def _name_by_lock(self, temporary: Path, final: Path) -> None:
         """A mount without hard links: whoever creates the lock file may rename, and nobody else ever will."""
@@ -200,35 +215,64 @@ class LocalObjectStore:
         self._fs.sync_directory(final.parent)
         if final.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
-        self._fs.replace(temporary, final)
+        try:
+            self._fs.replace(temporary, final)
+        except OSError:
+            with contextlib.suppress(OSError):
+                self._fs.unlink(_lock_of(final))  # ours, and the name is still free
+            raise
+
+    def _create_temporary(self, path: Path) -> int:
+        for _ in range(_TRIES):
+            with contextlib.suppress(FileNotFoundError):  # a delete may have removed the directory, for it was empty
+                self._make_directories(path.parent)
+                return self._fs.create(path)
+        raise StoreAccessError(f"{path.parent}: no directory can be made there; check the path")
+
+    def _sync_nearest(self, folder: Path) -> None:
+        """Make the names in a directory durable, or, where it is gone with its last object, that it is gone."""
+        while True:
+            try:
+                self._fs.sync_directory(folder)
+            except FileNotFoundError:
+                folder = folder.parent
+            else:
+                return
 
     def _make_directories(self, folder: Path) -> None:
-        missing = []
-        while not folder.is_dir():
-            missing.append(folder)
-            folder = folder.parent
+        missing, path = [], folder
+        while not path.is_dir():
+            missing.append(path)
+            path = path.parent
         for path in reversed(missing):
             with contextlib.suppress(FileExistsError):
                 self._fs.mkdir(path)
             self._fs.sync_directory(path.parent)
+        # One that was found here may be from a process that was killed before it had synced it.
+        for path in (folder, *folder.parents):
+            if path in self._synced or not path.is_relative_to(self.root):
+                break
+            if path not in missing:
+                with contextlib.suppress(*([PermissionError] if path == self.root else [])):  # above us we may not look
+                    self._fs.sync_directory(path.parent)
+            self._synced.add(path)
 
-    def _drop_if_empty(self, folder: Path) -> bool:
+    def _drop_if_empty(self, folder: Path) -> None:
         if folder == self.root or folder.parent == self.root:
-            return False  # "manifests" and its like stay: a writer may be about to create in them
+            return  # "manifests" and its like stay: a writer may be about to create in them
+        self._synced.discard(folder)
         try:
             self._fs.rmdir(folder)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
                 raise
-            return False
-        return True
 
     def _walk(self, folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
         try:
-            with _translated(folder), os.scandir(folder) as entries:
+            with _translated(folder), _directories_are_no_objects(folder), os.scandir(folder) as entries:
                 # "a.b" sorts before "a/b": a directory takes part in the order of the keys with its slash.
                 found = sorted((entry.name + "/" * entry.is_dir(), entry) for entry in entries)
-        except (ObjectNotFoundError, NotADirectoryError):
+        except ObjectNotFoundError:
             return
         for name, entry in found:
             key = f"{prefix}/{name}" if prefix else name
@@ -243,6 +287,15 @@ class LocalObjectStore:
 
 def _lock_of(path: Path) -> Path:
     return path.with_name(f".sg-{path.name}.lock")
+
+
+@contextlib.contextmanager
+def _directories_are_no_objects(path: Path) -> Iterator[None]:
+    """A key that names a directory, or one below an object, names nothing, as in a store without directories."""
+    try:
+        yield
+    except (IsADirectoryError, NotADirectoryError) as error:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
 
 
 @contextlib.contextmanager

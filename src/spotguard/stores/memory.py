@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from spotguard.errors import ObjectExistsError, ObjectNotFoundError
-from spotguard.stores.base import ObjectInfo, ObjectReader, ObjectRef, ObjectWriter, check_deadline, check_key, check_prefix
+from spotguard.stores.base import (
+    ObjectInfo,
+    ObjectReader,
+    ObjectRef,
+    ObjectWriter,
+    check_deadline,
+    check_key,
+    check_prefix,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer

@@ -34,7 +34,9 @@ def open_store(uri: "str | os.PathLike[str]") -> ObjectStore:
     if scheme == "file":
         parts = urlsplit(text)
         if parts.netloc not in ("", "localhost") or not parts.path:
-            raise ConfigError(f"uri={text!r}: a file URI has three slashes and an absolute path, as in file:///data/my-run")
+            raise ConfigError(
+                f"uri={text!r}: a file URI has three slashes and an absolute path, as in file:///data/my-run"
+            )
         return LocalObjectStore(Path(unquote(parts.path)))
     if scheme == "memory":
         return MemoryObjectStore.named(rest.strip("/"))

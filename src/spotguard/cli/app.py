@@ -1,0 +1,234 @@
+"""The commands. Tables for people, ``--json`` for programs; torch is not loaded for any of them but ``rehearse``."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from spotguard.checkpoint.layout import STOP
+from spotguard.cli.output import age, bar, fail, size, table, to_json
+from spotguard.cli.rehearse import rehearse_command
+from spotguard.errors import CheckpointDamagedError, SpotguardError
+from spotguard.pipeline.checkpoint import Checkpoint
+from spotguard.pipeline.checkpoint_store import CheckpointStore
+from spotguard.pipeline.history import read_history
+from spotguard.pipeline.objects import write_object
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="spotguard",
+    help="Bit-exact resume and safe stops for PyTorch training on spot instances.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("rehearse")(rehearse_command)
+
+Uri = Annotated[str, typer.Argument(help="The run: a directory, file:///path or memory://name.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Which = Annotated[str, typer.Argument(help="A checkpoint id, a step, or 'latest'.", show_default=True)]
+
+
+def main() -> None:
+    """Entry point of the console script: errors of ours are a line on standard error and exit status 1."""
+    try:
+        app()
+    except SpotguardError as error:
+        fail(str(error))
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command("ls")
+def ls_command(uri: Uri, as_json: Json = False) -> None:
+    """List the checkpoints of a run, oldest first."""
+    store = _existing(uri)
+    history = read_history(store.objects)
+    line = set(history.lineage)
+    checkpoints = store.list()
+    if as_json:
+        fields = [{**_fields(item), "in_lineage": item.manifest.id in line} for item in checkpoints]
+        return print(to_json(fields))  # noqa: T201
+    rows = [
+        (
+            item.id,
+            str(item.step),
+            f"{item.manifest.epoch}/{item.manifest.batch}",
+            size(item.manifest.size),
+            age(item.manifest.created_at),
+            " ".join(f"{name}={value:g}" for name, value in item.metrics.items()),
+            ("finished" if item.manifest.finished else "") if item.manifest.id in line else "not in lineage",
+        )
+        for item in checkpoints
+    ]
+    table(f"{store.uri}", ("checkpoint", "step", "epoch/batch", "size", "age", "metrics", "note"), rows)
+    unread = len(history.manifests) - len(checkpoints)
+    if unread:
+        fail(f"{unread} more cannot be read; 'spotguard resolve --explain {uri}' tells why")
+    return None
+
+
+@app.command("show")
+def show_command(uri: Uri, which: Which = "latest", as_json: Json = False) -> None:
+    """Show what one checkpoint consists of."""
+    checkpoint = _pick(_existing(uri), which)
+    manifest = checkpoint.manifest
+    if as_json:
+        return print(manifest.to_bytes().decode())  # noqa: T201
+    about = {
+        "run": manifest.run_id,
+        "attempt": str(manifest.attempt),
+        "step": str(manifest.step),
+        "epoch/batch": f"{manifest.epoch}/{manifest.batch}",
+        "finished": "yes" if manifest.finished else "no",
+        "world size": str(manifest.world_size),
+        "parent": manifest.parent or "none",
+        "written": manifest.created_at.isoformat(timespec="seconds"),
+        "with": ", ".join(f"{name} {version}" for name, version in manifest.libraries.items()),
+        "metrics": ", ".join(f"{name}={value:g}" for name, value in manifest.metrics.items()) or "none",
+    }
+    table(checkpoint.id, ("field", "value"), list(about.items()))
+    rows = [(shard.name, size(shard.size), shard.digest, shard.key) for shard in manifest.shards]
+    table("shards", ("member", "size", "digest", "key"), rows)
+    return None
+
+
+@app.command("verify")
+def verify_command(
+    uri: Uri,
+    which: Annotated[str, typer.Argument(help="A checkpoint id, a step, 'latest' or 'all'.")] = "all",
+    as_json: Json = False,
+) -> None:
+    """Read every byte and compare it with the manifest. Exit status 1 if anything is damaged."""
+    store = _existing(uri)
+    if which == "all":
+        identities = [str(identity) for identity in read_history(store.objects).manifests]
+    else:
+        identities = [_pick(store, which).id]
+    results: list[dict[str, object]] = []
+    with bar("verifying", total=len(identities)) as advance:
+        for identity in identities:
+            try:
+                store.verify(identity)
+                results.append({"checkpoint": identity, "whole": True, "reason": ""})
+            except CheckpointDamagedError as error:
+                results.append({"checkpoint": identity, "whole": False, "reason": str(error)})
+            advance(1)
+    if as_json:
+        print(to_json(results))  # noqa: T201
+    else:
+        rows = [(str(item["checkpoint"]), "whole" if item["whole"] else "DAMAGED", str(item["reason"])) for item in results]
+        table(store.uri, ("checkpoint", "verdict", "reason"), rows)
+    if not all(item["whole"] for item in results):
+        raise typer.Exit(1)
+
+
+@app.command("resolve")
+def resolve_command(
+    uri: Uri,
+    explain: Annotated[bool, typer.Option("--explain", help="Show every candidate, and why it was taken or not.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Say which checkpoint the next start resumes from. Exit status 1 if there are checkpoints and none is usable."""
+    store = _existing(uri)
+    with bar("verifying", total=None) as advance:
+        resolution = store.resolve(advance)
+    chosen = resolution.checkpoint
+    if as_json:
+        candidates = [vars(candidate) for candidate in resolution.candidates]
+        fields = {"checkpoint": chosen.id if chosen else None, "candidates": candidates, "damaged_claims": resolution.damaged}
+        print(to_json(fields))  # noqa: T201
+    elif explain:
+        rows = [(candidate.id, candidate.verdict, candidate.reason) for candidate in resolution.candidates]
+        table(store.uri, ("checkpoint", "verdict", "reason"), rows)
+        for reason in resolution.damaged:
+            fail(reason)
+    resolution.require()
+    if not as_json:
+        print(chosen.id if chosen else "a fresh start: the run has no checkpoint yet")  # noqa: T201
+
+
+@app.command("rollback")
+def rollback_command(
+    uri: Uri, step: Annotated[int, typer.Option("--step", help="Resume from the checkpoint at this step.", show_default=False)]
+) -> None:
+    """Resume from an older checkpoint from now on. Nothing is deleted; a running trainer is fenced off at its next save."""
+    checkpoint = _existing(uri).rollback(step=step)
+    print(f"the next start resumes from {checkpoint.id} (step {checkpoint.step})")  # noqa: T201
+
+
+@app.command("prune")
+def prune_command(
+    uri: Uri,
+    keep: Annotated[int, typer.Option("--keep", min=1, help="How many of the newest checkpoints to keep.")] = 3,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be deleted.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete old checkpoints and what interrupted saves left behind; never the newest checkpoint."""
+    store = _existing(uri)
+    plan = store.prune(keep, dry_run=dry_run)
+    if as_json:
+        fields = {
+            "dry_run": dry_run,
+            "checkpoints": [str(identity) for identity in plan.drop],
+            "objects": [info.key for info in plan.objects],
+            "bytes": plan.size,
+            "kept": [str(identity) for identity in plan.kept],
+        }
+        return print(to_json(fields))  # noqa: T201
+    verdicts = [(str(identity), "delete") for identity in plan.drop] + [(str(identity), "keep") for identity in plan.kept]
+    table(store.uri, ("checkpoint", "would" if dry_run else "done"), sorted(verdicts))
+    print(  # noqa: T201
+        f"{'would free' if dry_run else 'freed'} {size(plan.size)}: {len(plan.drop)} checkpoints, {len(plan.objects)} objects"
+    )
+    return None
+
+
+@app.command("stop")
+def stop_command(uri: Uri) -> None:
+    """Ask the running trainer to save and leave at its next step boundary."""
+    store = _existing(uri)
+    write_object(store.objects, STOP, b"requested by 'spotguard stop'\n")
+    print(  # noqa: T201
+        f"asked {store.uri} to stop; the trainer saves and leaves at its next step boundary, and takes the request away. "
+        "If none is running, the next one to start leaves at its first boundary"
+    )
+
+
+def _existing(uri: str) -> CheckpointStore:
+    """Open a run that is there: a typing error must not look like an empty run."""
+    store = CheckpointStore(uri)
+    if next(iter(store.objects.list("")), None) is None:
+        fail(f"there is nothing at {store.uri}; check the URI")
+        raise typer.Exit(1)
+    if not read_history(store.objects).claims:
+        fail(f"{store.uri} is not a run of spotguard: it has no attempts/ in it")
+        raise typer.Exit(1)
+    return store
+
+
+def _pick(store: CheckpointStore, which: str) -> Checkpoint:
+    if which != "latest":
+        return store.get(which)
+    newest = read_history(store.objects).lineage
+    if not newest:
+        fail(f"{store.uri} has no checkpoint yet")
+        raise typer.Exit(1)
+    return store.get(str(newest[0]))
+
+
+def _fields(checkpoint: Checkpoint) -> dict[str, object]:
+    manifest = checkpoint.manifest
+    return {
+        "checkpoint": checkpoint.id,
+        "attempt": manifest.attempt,
+        "step": manifest.step,
+        "epoch": manifest.epoch,
+        "batch": manifest.batch,
+        "finished": manifest.finished,
+        "bytes": manifest.size,
+        "created_at": manifest.created_at.isoformat(),
+        "metrics": checkpoint.metrics,
+    }

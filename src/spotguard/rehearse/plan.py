@@ -1,0 +1,142 @@
+"""Which interruptions, where: a pure function of the seed and of what the untouched run showed."""
+
+import dataclasses
+import itertools
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from spotguard.checkpoint.layout import parse_manifest_key, parse_shard_key
+from spotguard.errors import ConfigError
+
+__all__ = ["MANIFEST", "Interruption", "plan_interruptions", "save_interval"]
+
+Kind = Literal["SIGTERM", "SIGKILL"]
+Place = Literal["boundary", "write", "publish"]
+
+MANIFEST = "manifest"
+_PLACES: tuple[Place, ...] = ("boundary", "write", "publish")
+_SAVES = 12  # in the interrupted run, unless told otherwise: several between any two of the usual six interruptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Interruption:
+    """One signal to send.
+
+    Attributes:
+        kind: ``"SIGTERM"`` or ``"SIGKILL"``.
+        step: Due as soon as the run gets there.
+        place: At the ``"boundary"``; or in the first save from `step` on: when an object is half written (``"write"``), or when it is whole
+            and not yet visible (``"publish"``).
+        target: Which object of that save: the name of a shard, or ``"manifest"``. A shard that has not changed is not written; the manifest
+            takes its place then.
+
+    Example:
+        >>> str(Interruption("SIGKILL", 120, "write", "model"))
+        'SIGKILL with half of model written, first save from step 120 on'
+    """
+
+    kind: Kind
+    step: int
+    place: Place = "boundary"
+    target: str = ""
+
+    def strikes(self, message: Mapping[str, Any]) -> bool:
+        """Whether this message of the guard says that the process is at the place."""
+        if message["at"] != self.place:
+            return False
+        if self.place == "boundary":
+            return bool(message["step"] >= self.step)
+        key = str(message["key"])
+        if (identity := parse_manifest_key(key)) is not None:
+            return identity.step >= self.step  # the last object of a save: whatever the target was, it has not come up
+        identity = parse_shard_key(key)
+        return identity is not None and identity.step >= self.step and _shard_name(key) == self.target
+
+    @property
+    def where(self) -> str:
+        """The place, in words."""
+        return place_in_words(self.place, self.target)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.kind} {self.where}, "
+            + ("" if self.place == "boundary" else "first save from ")
+            + (f"step {self.step}" + ("" if self.place == "boundary" else " on"))
+        )
+
+
+def plan_interruptions(
+    total_steps: int, *, seed: int, sigterm: int, sigkill: int, shards: Sequence[str] = ()
+) -> tuple[Interruption, ...]:
+    """Spread interruptions over a run: one at a random step of each of so many equal stretches, in random order.
+
+    SIGKILLs take turns between boundaries, objects half written, and objects whole but not yet visible.
+
+    Args:
+        total_steps: Steps of the untouched run.
+        seed: The same seed gives the same plan.
+        sigterm: How many SIGTERMs.
+        sigkill: How many SIGKILLs.
+        shards: Names of the shards of a checkpoint.
+
+    Returns:
+        In the order of their steps, each step from 1 to ``total_steps - 1``.
+
+    Raises:
+        ConfigError: Nothing to do, or more interruptions than steps to have them at.
+
+    Example:
+        >>> [str(item) for item in plan_interruptions(100, seed=1, sigterm=1, sigkill=1)]
+        ['SIGTERM at a boundary, step 19', 'SIGKILL at a boundary, step 86']
+    """
+    count = sigterm + sigkill
+    if sigterm < 0 or sigkill < 0 or count == 0:
+        raise ConfigError(
+            f"sigterm={sigterm}, sigkill={sigkill}: a rehearsal without interruptions proves nothing; ask for at least one"
+        )
+    if count > total_steps - 1:
+        raise ConfigError(
+            f"the run takes {total_steps} steps, too few for {count} interruptions; "
+            "ask for fewer with --sigterm and --sigkill, or train longer"
+        )
+    rng = random.Random(seed)
+    edges = [1 + (total_steps - 1) * index // count for index in range(count + 1)]
+    steps = [rng.randrange(low, high) for low, high in itertools.pairwise(edges)]
+    kinds: list[Kind] = [*["SIGTERM"] * sigterm, *["SIGKILL"] * sigkill]  # type: ignore[list-item]
+    rng.shuffle(kinds)
+    turns = rng.sample(_PLACES, len(_PLACES))
+    places = iter([turns[index % len(turns)] for index in range(sigkill)])
+    plan = []
+    for kind, step in zip(kinds, steps, strict=True):
+        place = next(places) if kind == "SIGKILL" else "boundary"
+        plan.append(Interruption(kind, step, place, "" if place == "boundary" else rng.choice([*shards, MANIFEST])))
+    return tuple(plan)
+
+
+def save_interval(total_steps: int, every: int | None) -> int:
+    """Steps between saves in the interrupted run: the script's own may be longer than the whole rehearsal.
+
+    Example:
+        >>> save_interval(540, None), save_interval(540, 100), save_interval(5, None)
+        (45, 100, 1)
+    """
+    return every if every is not None else max(1, total_steps // _SAVES)
+
+
+def place_in_words(place: str, target: str) -> str:
+    """Where in the loop or in a save, for people."""
+    if place == "write":
+        return f"with half of {target} written"
+    if place == "publish":
+        return f"before {target} became visible"
+    return "at a boundary"
+
+
+def object_name(key: str) -> str:
+    """Name of the shard, or ``"manifest"``, that stands under a key."""
+    return MANIFEST if parse_manifest_key(key) is not None else _shard_name(key)
+
+
+def _shard_name(key: str) -> str:
+    return key.rpartition("/")[2].removesuffix(".pt")

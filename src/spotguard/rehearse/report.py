@@ -1,0 +1,210 @@
+"""What a rehearsal found, and whether that is safe."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from spotguard.rehearse.outcome import Compared
+from spotguard.rehearse.plan import Interruption
+from spotguard.rehearse.record import Spent, Start
+
+__all__ = ["HOPELESS", "Report", "Verdict", "judge", "unlike_generators"]
+
+Verdict = Literal["safe", "unsafe", "inconclusive"]
+
+HOPELESS = frozenset({"torch", "cuda"})
+"""Generators that initial weights, shuffling and dropout draw from: without these alike, nothing is."""
+
+_SEED_REMEDY = {
+    "torch": "torch.manual_seed(0)",
+    "cuda": "torch.manual_seed(0)",
+    "python": "random.seed(0)",
+    "numpy": "numpy.random.seed(0)",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """A rehearsal, whole.
+
+    Attributes:
+        command: What was started.
+        seed: Repeats the plan.
+        every: Steps between saves in the interrupted run.
+        verdict: ``"safe"``; ``"unsafe"``; or ``"inconclusive"`` where the script itself is not the same twice.
+        reasons: Why it is not safe; empty when it is.
+        notes: What else a user should know.
+        untouched: The run that was left alone: one start.
+        interrupted: The starts of the other run.
+        plan: The interruptions, delivered or not.
+        members: The final checkpoints, compared.
+        output: Directory with the page and the logs.
+    """
+
+    command: tuple[str, ...]
+    seed: int
+    every: int
+    verdict: Verdict
+    reasons: tuple[str, ...]
+    notes: tuple[str, ...]
+    untouched: Start
+    interrupted: tuple[Start, ...]
+    plan: tuple[Interruption, ...]
+    members: tuple[Compared, ...]
+    output: Path
+
+    @property
+    def safe(self) -> bool:
+        """Whether the exit status is 0."""
+        return self.verdict == "safe"
+
+    @property
+    def interruptions(self) -> tuple[Start, ...]:
+        """The starts that were interrupted."""
+        return tuple(start for start in self.interrupted if start.interruption is not None)
+
+    @property
+    def lost_steps(self) -> int:
+        """Steps that had to be done again."""
+        return sum(start.lost_steps for start in self.interrupted)
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds of all snapshots."""
+        return sum(sum(start.stalls) for start in self.interrupted)
+
+    @property
+    def restore_s(self) -> float:
+        """Seconds of all restores."""
+        return sum(start.restore_s for start in self.interrupted)
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds from the first start of the interrupted run to the end of the last."""
+        return self.interrupted[-1].ended if self.interrupted else 0.0
+
+    @property
+    def spent(self) -> Spent:
+        """Where the time of the interrupted run went."""
+        return sum((start.spent for start in self.interrupted), Spent())
+
+    @property
+    def identical(self) -> bool:
+        """Whether everything that was compared is the same, bit for bit."""
+        return bool(self.members) and all(member.identical is not False for member in self.members)
+
+    def to_json(self) -> str:
+        """For programs."""
+        fields: dict[str, Any] = dataclasses.asdict(self)
+        for start, record in zip(
+            [fields["untouched"], *fields["interrupted"]], [self.untouched, *self.interrupted], strict=True
+        ):
+            for name in ("boundaries", "waits"):
+                del start[name]
+            start["spent"] = dataclasses.asdict(record.spent)
+        fields["plan"] = [dataclasses.asdict(item) for item in self.plan]
+        totals = {
+            name: getattr(self, name) for name in ("safe", "identical", "lost_steps", "stall_s", "restore_s", "wall_s")
+        }
+        return json.dumps({**totals, **fields}, indent=2, default=str)
+
+
+def judge(
+    untouched: Start, interrupted: Sequence[Start], plan: Sequence[Interruption], members: Sequence[Compared]
+) -> tuple[Verdict, tuple[str, ...], tuple[str, ...]]:
+    """Decide.
+
+    Returns:
+        The verdict, the reasons why it is not safe, and notes.
+    """
+    unseeded = unlike_generators(untouched, interrupted)
+    if HOPELESS & set(unseeded):
+        what = " and ".join(unseeded)
+        reason = f"two fresh starts of the script began with different {what} generators, so they cannot be compared; {_remedy(unseeded)}"
+        return "inconclusive", (reason,), ()
+    bad = _bad_starts(untouched, interrupted)
+    reasons, notes = (
+        list(bad),
+        [f"start {start.number}: {trouble}" for start in interrupted for trouble in start.troubles],
+    )
+    last = interrupted[-1]
+    if not bad:
+        missing = len(plan) - sum(start.interruption is not None for start in interrupted)
+        if missing:
+            reasons.append(f"{missing} of {len(plan)} interruptions did not come to pass: the run ended before")
+        if last.last_step != untouched.last_step:
+            reasons.append(f"the untouched run took {untouched.last_step} steps, the interrupted one {last.last_step}")
+    different = [member for member in members if member.identical is False]
+    if different:
+        first = different[0]
+        reasons.append(
+            f"{len(different)} of {len(members)} parts of the final state differ, first {first.name}: {first.difference}. "
+            "Something that training depends on is not in TrainState, or is not the same in every start of the script"
+        )
+    if unseeded and different:
+        what = " and ".join(unseeded)
+        reasons.append(
+            f"two fresh starts began with different {what} generators: if training draws from them, that is why; "
+            f"{_remedy(unseeded)}"
+        )
+    elif unseeded:
+        what = " and ".join(unseeded)
+        notes.append(
+            f"the script does not seed {what}, which was left out of the comparison; to include it, {_remedy(unseeded)}"
+        )
+    if not reasons:
+        return "safe", (), tuple(notes)
+    return ("inconclusive" if unseeded and different and not bad else "unsafe"), tuple(reasons), tuple(notes)
+
+
+def _remedy(unseeded: Sequence[str]) -> str:
+    lines = sorted({_SEED_REMEDY[name] for name in unseeded if name in _SEED_REMEDY})
+    return f"put {', '.join(lines)} at the top of the script"
+
+
+def unlike_generators(untouched: Start, interrupted: Sequence[Start]) -> tuple[str, ...]:
+    """Generators that were not in the same state at every fresh start of the script."""
+    first = untouched.fresh or {}
+    unlike = set()
+    for start in interrupted:
+        if start.fresh is not None:
+            unlike |= {name for name in {*first, *start.fresh} if first.get(name) != start.fresh.get(name)}
+    return tuple(sorted(unlike))
+
+
+def _bad_starts(untouched: Start, interrupted: Sequence[Start]) -> list[str]:
+    reasons = []
+    for start in interrupted:
+        if (reason := _bad_end(start)) is not None:
+            reasons.append(f"start {start.number}: {reason} (see {start.log})")
+        if start.opened is not None and start.uri != untouched.uri:
+            reasons.append(
+                f"start {start.number} opened {start.uri}, the untouched run {untouched.uri}: a restart would not find its checkpoints. "
+                "Give SpotGuard the same place at every start, without a date or a process number in it"
+            )
+    return reasons
+
+
+def _bad_end(start: Start) -> str | None:
+    """What is wrong with the end of a start; None when a scheduler would do the right thing after it."""
+    code, kind = start.exit_code, start.interruption.kind if start.interruption else None
+    if start.timed_out:
+        after = f" after {kind} at step {start.struck_step}" if kind else ""
+        return f"it did not end{after} and was killed at the time limit; it hangs, or --timeout is too short"
+    if start.left_as_planned:
+        return None
+    if kind == "SIGKILL":
+        return f"exit status {code} after SIGKILL, -9 was expected"
+    if kind == "SIGTERM" and start.stopped is not None:
+        taken = "the work for done" if code == 0 else "it for a failure"
+        return f"exit status {code} after SIGTERM, {start.stopped} was expected: a scheduler would take {taken}"
+    if kind == "SIGTERM":
+        what = "it went on to its end" if start.finished else f"exit status {code}, without a last checkpoint,"
+        return f"{what} after SIGTERM at step {start.struck_step}; does the script, or a library, set a signal handler of its own?"
+    if start.opened is None:
+        return f"exit status {code}, and it never opened a SpotGuard"
+    if not start.finished:
+        return f"exit status {code} at step {start.last_step}, without a signal and before the end of training"
+    return None if code == 0 else f"exit status {code} after the end of training"

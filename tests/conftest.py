@@ -1,0 +1,67 @@
+"""What every test has to leave as it found it."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_PATIENCE = 5.0  # seconds for threads that are on their way out
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers_are_put_back() -> Iterator[None]:
+    """Fail on a signal handler that is left behind."""
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    yield
+    left = {number.name: signal.getsignal(number) for number in _SIGNALS if signal.getsignal(number) != before[number]}
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    assert not left, f"signal handlers left behind: {left}"
+
+
+@pytest.fixture(autouse=True)
+def wakeup_descriptor_is_put_back() -> Iterator[None]:
+    """Fail on a wakeup descriptor that is left behind."""
+    before = _wakeup_descriptor()
+    yield
+    after = _wakeup_descriptor()
+    signal.set_wakeup_fd(before)
+    assert after == before, f"the wakeup descriptor was {before} and is {after}"
+
+
+@pytest.fixture(autouse=True)
+def environment_is_put_back() -> Iterator[None]:
+    """Fail on ``SPOTGUARD_*`` that is set before a test, or left behind by one."""
+    assert not _settings(), "unset these before running the tests"
+    yield
+    left = _settings()
+    for name in left:
+        del os.environ[name]
+    assert not left, f"environment left behind: {left}"
+
+
+@pytest.fixture(autouse=True)
+def threads_are_ended() -> Iterator[None]:
+    """Fail on a thread of ours that is left behind."""
+    before = set(threading.enumerate())
+    yield
+    deadline = time.monotonic() + _PATIENCE
+    ours = [thread for thread in threading.enumerate() if thread.name.startswith("spotguard-") and thread not in before]
+    for thread in ours:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    left = [thread.name for thread in ours if thread.is_alive()]
+    assert not left, f"threads left behind: {left}"
+
+
+def _wakeup_descriptor() -> int:
+    descriptor = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(descriptor)
+    return descriptor
+
+
+def _settings() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("SPOTGUARD_")}
