@@ -65,3 +65,16 @@ def _wakeup_descriptor() -> int:
 
 def _settings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("SPOTGUARD_")}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests have counted with `record_property`: crash points, power cuts, failing calls."""
+    totals: dict[str, int] = {}
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties if report.when == "call" else ():
+            if isinstance(value, int):
+                totals[name] = totals.get(name, 0) + value
+    if totals:
+        terminalreporter.section("counted")
+        for name, value in totals.items():
+            terminalreporter.line(f"{name}: {value}")

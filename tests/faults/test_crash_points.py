@@ -19,8 +19,8 @@ from faults.scenario import (
     save,
 )
 from spotguard.pipeline.history import claim_attempt, open_run, read_history
-from spotguard.policies import KeepNewest
 from spotguard.pipeline.sweeper import sweep
+from spotguard.policies import KeepNewest
 from spotguard.stores import LocalObjectStore
 from spotguard.stores.posix import Posix
 from spotguard.testing.faults import Announce, Dying, Intercepting, Unsynced, exit_at_once, without_links

@@ -119,7 +119,9 @@ def verify_command(
     if as_json:
         print(to_json(results))  # noqa: T201
     else:
-        rows = [(str(item["checkpoint"]), "whole" if item["whole"] else "DAMAGED", str(item["reason"])) for item in results]
+        rows = [
+            (str(item["checkpoint"]), "whole" if item["whole"] else "DAMAGED", str(item["reason"])) for item in results
+        ]
         table(store.uri, ("checkpoint", "verdict", "reason"), rows)
     if not all(item["whole"] for item in results):
         raise typer.Exit(1)
@@ -128,7 +130,9 @@ def verify_command(
 @app.command("resolve")
 def resolve_command(
     uri: Uri,
-    explain: Annotated[bool, typer.Option("--explain", help="Show every candidate, and why it was taken or not.")] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show every candidate, and why it was taken or not.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say which checkpoint the next start resumes from. Exit status 1 if there are checkpoints and none is usable."""
@@ -138,7 +142,11 @@ def resolve_command(
     chosen = resolution.checkpoint
     if as_json:
         candidates = [vars(candidate) for candidate in resolution.candidates]
-        fields = {"checkpoint": chosen.id if chosen else None, "candidates": candidates, "damaged_claims": resolution.damaged}
+        fields = {
+            "checkpoint": chosen.id if chosen else None,
+            "candidates": candidates,
+            "damaged_claims": resolution.damaged,
+        }
         print(to_json(fields))  # noqa: T201
     elif explain:
         rows = [(candidate.id, candidate.verdict, candidate.reason) for candidate in resolution.candidates]
@@ -152,7 +160,8 @@ def resolve_command(
 
 @app.command("rollback")
 def rollback_command(
-    uri: Uri, step: Annotated[int, typer.Option("--step", help="Resume from the checkpoint at this step.", show_default=False)]
+    uri: Uri,
+    step: Annotated[int, typer.Option("--step", help="Resume from the checkpoint at this step.", show_default=False)],
 ) -> None:
     """Resume from an older checkpoint from now on. Nothing is deleted; a running trainer is fenced off at its next save."""
     checkpoint = _existing(uri).rollback(step=step)
@@ -178,7 +187,9 @@ def prune_command(
             "kept": [str(identity) for identity in plan.kept],
         }
         return print(to_json(fields))  # noqa: T201
-    verdicts = [(str(identity), "delete") for identity in plan.drop] + [(str(identity), "keep") for identity in plan.kept]
+    verdicts = [(str(identity), "delete") for identity in plan.drop] + [
+        (str(identity), "keep") for identity in plan.kept
+    ]
     table(store.uri, ("checkpoint", "would" if dry_run else "done"), sorted(verdicts))
     print(  # noqa: T201
         f"{'would free' if dry_run else 'freed'} {size(plan.size)}: {len(plan.drop)} checkpoints, {len(plan.objects)} objects"

@@ -37,7 +37,7 @@ def rehearse_command(
     """
     from spotguard.rehearse import RehearsalOptions, print_report, rehearse, watching
 
-    signal.signal(signal.SIGTERM, _leave)  # so that the script under rehearsal goes with us
+    previous = signal.signal(signal.SIGTERM, _leave)  # so that the script under rehearsal goes with us
     try:
         options = RehearsalOptions(
             seed=seed,
@@ -52,6 +52,8 @@ def rehearse_command(
     except ConfigError as error:
         fail(str(error))
         raise typer.Exit(2) from error
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     if as_json:
         typer.echo(report.to_json())
     else:

@@ -5,6 +5,7 @@ writes the signal's number to the wakeup descriptor at once, and a thread that w
 The Python handler stays nearly empty: without one, the default action would end the process.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -22,6 +23,7 @@ from spotguard.notices.base import PreemptionNotice
 __all__ = ["SignalSource"]
 
 _POLL = 0.5  # seconds; only for a wakeup descriptor that somebody took from us (asyncio.run in the loop, say)
+_WAKE = b"\0"  # no signal has that number
 _installed: "weakref.WeakSet[SignalSource]" = weakref.WeakSet()
 
 
@@ -87,7 +89,8 @@ class SignalSource:
                 signal.signal(number, signal.SIG_DFL if previous is None else previous)
         self._previous.clear()
         ours, now = self._writer.fileno(), signal.set_wakeup_fd(-1)
-        signal.set_wakeup_fd(self._previous_fd if now == ours else now)
+        with contextlib.suppress(OSError, ValueError):  # its owner has closed it meanwhile: then there is none
+            signal.set_wakeup_fd(self._previous_fd if now == ours else now)
         self._writer.close()
         self._reader.close()
 
@@ -95,7 +98,7 @@ class SignalSource:
         """See `NoticeSource.watch`."""
         while not stop.is_set():
             ready, _, _ = select.select([self._reader], [], [], _POLL)
-            numbers = self._reader.recv(4096) if ready else b""
+            numbers = self._reader.recv(4096).replace(_WAKE, b"") if ready else b""
             if numbers and self._previous_fd != -1:
                 self._forward(numbers)
             if not numbers and self._recorded is not None and self._first is None:
@@ -111,7 +114,7 @@ class SignalSource:
 
     def wake(self) -> None:
         """Make `watch` look at its stop event now."""
-        self._writer.send(b"\0")
+        self._writer.send(_WAKE)
 
     def _arrived(self, number: signal.Signals, emit: Callable[[PreemptionNotice], None]) -> None:
         now = time.monotonic()

@@ -23,7 +23,8 @@ from spotguard.stores import ObjectStore
 
 __all__ = ["History", "claim_attempt", "lineage", "open_run", "read_history"]
 
-_PATIENCE, _PAUSE_S = 20, 0.05  # how often, and how far apart, a start looks for the run record that another one is creating
+# How often, and how far apart, a start looks for the run record that another one is creating.
+_PATIENCE, _PAUSE_S = 20, 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +118,10 @@ def open_run(store: ObjectStore) -> RunRecord:
             return RunRecord.from_bytes(read_object(store, RUN), key=f"{store.uri}/{RUN}")
         except ObjectNotFoundError:
             record = RunRecord(run_id=uuid.uuid4().hex, created_at=utc_now(), spotguard=spotguard.__version__)
-        if foreign := next((info.key for info in retried(lambda: list(store.list(MANIFESTS)))), None):
+        keys = [info.key for info in retried(lambda: list(store.list(MANIFESTS)))]
+        if ours := next((key for key in keys if parse_manifest_key(key)), None):
             raise StoreError(
-                f"{store.uri} holds checkpoints ({foreign}) but no {RUN}: it was copied or deleted in part. "
+                f"{store.uri} holds checkpoints ({ours}) but no {RUN}: it was copied or deleted in part. "
                 f"Bring {RUN} back, or choose another directory"
             )
         try:
@@ -159,7 +161,9 @@ def claim_attempt(store: ObjectStore, *, rollback_to: CheckpointId | None = None
         elif not line and history.damaged:
             # A claim made now would say that there was nothing to continue, for good, even if the damaged ones are brought back.
             raise NoUsableCheckpointError(
-                "it is not known which checkpoints belong to this run:\n  " + "\n  ".join(history.damaged.values()) + "\n"
+                "it is not known which checkpoints belong to this run:\n  "
+                + "\n  ".join(history.damaged.values())
+                + "\n"
                 "Bring the claims back, 'spotguard rollback' to a whole checkpoint, or start a new run under another URI"
             )
         else:
@@ -183,7 +187,11 @@ def claim_attempt(store: ObjectStore, *, rollback_to: CheckpointId | None = None
         # to resume from. From here on no commit of it can go unseen by its own sweep, so one more look is enough.
         mine.add(claim.attempt)
         after = read_history(store)
-        if rollback_to is None and after.newest_attempt == claim.attempt and _without(after, mine).lineage[:1] != line[:1]:
+        if (
+            rollback_to is None
+            and after.newest_attempt == claim.attempt
+            and _without(after, mine).lineage[:1] != line[:1]
+        ):
             skip = 0
             continue
         return claim

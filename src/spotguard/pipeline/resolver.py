@@ -116,7 +116,8 @@ def resolve(
 def _emptied(store: ObjectStore, history: History) -> list[str]:
     """Proof that a history without checkpoints once had one: claims that continue it. No sweep of ours deletes the last."""
     return [
-        f"{store.uri}/{claim_key(claim.attempt)} continues a checkpoint of step {claim.parent_max_step}, and the store has none of that history"
+        f"{store.uri}/{claim_key(claim.attempt)} continues a checkpoint of step {claim.parent_max_step}, "
+        "and the store has none of that history"
         for claim in history.claims.values()
         if claim.parent_max_step
     ]

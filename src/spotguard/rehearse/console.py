@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from spotguard._time import format_seconds
-from spotguard.rehearse.page import outcome
+from spotguard.rehearse.drawing import outcome
 from spotguard.rehearse.plan import Interruption
 from spotguard.rehearse.record import Start
 from spotguard.rehearse.report import Report
@@ -93,21 +93,22 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console.print(
         f"untouched {format_seconds(report.untouched.ended)}, interrupted {format_seconds(report.wall_s)}: "
         f"training {spent.training:.1f} s, lost {spent.lost:.1f} s ({report.lost_steps} steps), restore {spent.restore:.1f} s, "
-        f"stall {spent.stall:.1f} s, start-up and exit {spent.startup:.1f} s"
+        f"stall {spent.stall:.1f} s, start-up and exit {spent.startup:.1f} s",
+        soft_wrap=True,
     )
     colour = _COLOURS[report.verdict]
     for note in report.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     for reason in report.reasons:
-        console.print(f"[{colour}]✕[/{colour}] {escape(reason)}")
+        console.print(f"[{colour}]✕[/{colour}] {escape(reason)}", soft_wrap=True)
     again = f"repeat with --seed {report.seed}; the page is {report.output / 'report.html'}"
     verdict = {
         "safe": "SAFE: the final checkpoints are identical, bit for bit",
         "unsafe": "UNSAFE",
         "inconclusive": "INCONCLUSIVE",
     }[report.verdict]
-    console.print(f"[bold {colour}]{verdict}[/bold {colour}] ({escape(shlex.join(report.command))})")
-    console.print(again, markup=False)
+    console.print(f"[bold {colour}]{verdict}[/bold {colour}] ({escape(shlex.join(report.command))})", soft_wrap=True)
+    console.print(again, markup=False, soft_wrap=True)
 
 
 def _interruptions(report: Report) -> Table:

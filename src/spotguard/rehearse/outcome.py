@@ -1,7 +1,7 @@
 """Are the final checkpoints of two runs the same, bit for bit, member by member?"""
 
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,11 @@ from spotguard.checkpoint.layout import rank_name
 from spotguard.pipeline.checkpoint import Checkpoint, fetch_shard
 from spotguard.pipeline.checkpoint_store import CheckpointStore
 from spotguard.state.codec import decode
-from spotguard.state.compare import first_difference
+from spotguard.state.compare import fingerprint, first_difference
 
 __all__ = ["Compared", "compare_checkpoints", "final_checkpoint"]
 
+GENERATORS = "random generators: "
 _RANK = rank_name(0)
 _PARTS = {"data": "data position", "gradients": "gradients", "progress": "progress"}
 
@@ -27,12 +28,14 @@ class Compared:
         identical: None for what was left out of the comparison.
         difference: The first one, or why it was left out.
         size: Bytes of its shard in the untouched run; 0 where it has none of its own.
+        unused: A generator that was left out, and from which nothing had been drawn since the start.
     """
 
     name: str
     identical: bool | None
     difference: str = ""
     size: int = 0
+    unused: bool = False
 
 
 def final_checkpoint(store: Path) -> Checkpoint:
@@ -48,19 +51,20 @@ def final_checkpoint(store: Path) -> Checkpoint:
 
 
 def compare_checkpoints(
-    left: Checkpoint, right: Checkpoint, *, leave_out: Collection[str] = ()
+    left: Checkpoint, right: Checkpoint, *, leave_out: Mapping[str, str] | None = None
 ) -> tuple[Compared, ...]:
     """Compare member by member, one in memory at a time.
 
     Args:
         left: Of the untouched run.
         right: Of the interrupted run.
-        leave_out: Generators that were not alike at the beginning, so that nothing can be said about their end.
+        leave_out: Generators that were not alike at the beginning, so that nothing can be said about their end, with the fingerprint
+            that each had then in the untouched run.
     """
-    return tuple(_compare(left, right, leave_out))
+    return tuple(_compare(left, right, leave_out or {}))
 
 
-def _compare(left: Checkpoint, right: Checkpoint, leave_out: Collection[str]) -> Iterator[Compared]:
+def _compare(left: Checkpoint, right: Checkpoint, leave_out: Mapping[str, str]) -> Iterator[Compared]:
     ours, theirs = _shards(left.manifest), _shards(right.manifest)
     for name in sorted({*ours, *theirs} - {_RANK}):
         if name not in ours or name not in theirs:
@@ -73,11 +77,13 @@ def _compare(left: Checkpoint, right: Checkpoint, leave_out: Collection[str]) ->
     yield from _compare_rest(_read(left, ours[_RANK]), _read(right, theirs[_RANK]), leave_out)
 
 
-def _compare_rest(left: dict[str, Any], right: dict[str, Any], leave_out: Collection[str]) -> Iterator[Compared]:
+def _compare_rest(left: dict[str, Any], right: dict[str, Any], leave_out: Mapping[str, str]) -> Iterator[Compared]:
     for name in sorted({*left["rng"], *right["rng"]}):
-        title = f"random generators: {name}"
+        title = f"{GENERATORS}{name}"
         if name in leave_out:
-            yield Compared(title, None, "left out: the script does not seed it")
+            unused = fingerprint(left["rng"].get(name)) == leave_out[name]
+            reason = "not seeded by the script" + (", and nothing drew from it" if unused else "")
+            yield Compared(title, None, reason, unused=unused)
             continue
         difference = first_difference({name: left["rng"].get(name)}, {name: right["rng"].get(name)})
         yield Compared(title, difference is None, difference or "")
@@ -88,7 +94,7 @@ def _compare_rest(left: dict[str, Any], right: dict[str, Any], leave_out: Collec
         yield Compared(title, difference is None, difference or "")
 
 
-def _forget(data: dict[str, Any], leave_out: Collection[str]) -> None:
+def _forget(data: dict[str, Any], leave_out: Mapping[str, str]) -> None:
     """An open pass over a loader remembers the generators as they were at its start."""
     if data["open"] is not None:
         for name in leave_out:

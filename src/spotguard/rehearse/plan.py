@@ -88,7 +88,7 @@ def plan_interruptions(
 
     Example:
         >>> [str(item) for item in plan_interruptions(100, seed=1, sigterm=1, sigkill=1)]
-        ['SIGTERM at a boundary, step 19', 'SIGKILL at a boundary, step 86']
+        ['SIGKILL with half of manifest written, first save from step 9 on', 'SIGTERM at a boundary, step 86']
     """
     count = sigterm + sigkill
     if sigterm < 0 or sigkill < 0 or count == 0:

@@ -78,7 +78,7 @@ class Start:
         struck_where: The place, in words.
         stopped: The guard left on its own accord, with this exit status.
         finished: The loop came to its end.
-        commits: When each checkpoint became visible.
+        commits: When each checkpoint became visible, and its step.
         stalls: Of each snapshot, in seconds.
         lost_steps: Steps to redo, known once the next start has told where it resumed.
         segments: Where the time went, in order, without gaps.
@@ -104,7 +104,7 @@ class Start:
     struck_where: str = ""
     stopped: int | None = None
     finished: bool = False
-    commits: tuple[float, ...] = ()
+    commits: tuple[tuple[float, int], ...] = ()
     stalls: tuple[float, ...] = ()
     lost_steps: int = 0
     segments: tuple[Segment, ...] = ()
@@ -146,7 +146,7 @@ class Recorder:
         self._uris: set[str] = set()
         self._boundaries: list[tuple[int, float]] = []
         self._waits: list[tuple[float, float]] = []
-        self._commits: list[float] = []
+        self._commits: list[tuple[float, int]] = []
         self._stalls: list[float] = []
 
     @property
@@ -180,8 +180,8 @@ class Recorder:
         elif at == "snapshot":
             self._stalls.append(float(message["stall"]))
             self._waits.append((now - float(message["stall"]), now))
-        elif at == "publish" and parse_manifest_key(message["key"]) is not None:
-            self._commits.append(now)
+        elif at == "publish" and (identity := parse_manifest_key(message["key"])) is not None:
+            self._commits.append((now, identity.step))
         elif at == "stopped":
             fields["stopped"], fields["left"] = int(message.get("code", 143)), now
             self._waits.append((now - float(message["seconds"]), now))

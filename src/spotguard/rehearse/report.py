@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from spotguard.rehearse.outcome import Compared
+from spotguard.rehearse.outcome import GENERATORS, Compared
 from spotguard.rehearse.plan import Interruption
 from spotguard.rehearse.record import Spent, Start
 
@@ -143,20 +143,20 @@ def judge(
             f"{len(different)} of {len(members)} parts of the final state differ, first {first.name}: {first.difference}. "
             "Something that training depends on is not in TrainState, or is not the same in every start of the script"
         )
-    if unseeded and different:
-        what = " and ".join(unseeded)
+    unused = {member.name.removeprefix(GENERATORS) for member in members if member.unused}
+    drawn = [name for name in unseeded if name not in unused]
+    if drawn and different:
+        what = " and ".join(drawn)
         reasons.append(
-            f"two fresh starts began with different {what} generators: if training draws from them, that is why; "
-            f"{_remedy(unseeded)}"
+            f"two fresh starts began with different {what} generators, and training drew from them; {_remedy(drawn)}"
         )
-    elif unseeded:
-        what = " and ".join(unseeded)
+    elif drawn:
         notes.append(
-            f"the script does not seed {what}, which was left out of the comparison; to include it, {_remedy(unseeded)}"
+            f"the script does not seed {' and '.join(drawn)}, left out of the comparison; to include it, {_remedy(drawn)}"
         )
     if not reasons:
         return "safe", (), tuple(notes)
-    return ("inconclusive" if unseeded and different and not bad else "unsafe"), tuple(reasons), tuple(notes)
+    return ("inconclusive" if drawn and different and not bad else "unsafe"), tuple(reasons), tuple(notes)
 
 
 def _remedy(unseeded: Sequence[str]) -> str:

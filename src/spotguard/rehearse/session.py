@@ -236,11 +236,13 @@ class _Rehearsal:
         return start
 
     def _compare(self, untouched: Start, interrupted: tuple[Start, ...]) -> tuple[str | None, tuple[Compared, ...]]:
+        fresh = untouched.fresh or {}
+        leave_out = {name: fresh.get(name, "") for name in unlike_generators(untouched, interrupted)}
         try:
             finals = final_checkpoint(self._untouched_store), final_checkpoint(self._interrupted_store)
         except CheckpointError as error:
             return f"the final checkpoint cannot be read back: {error}", ()
-        return None, compare_checkpoints(*finals, leave_out=unlike_generators(untouched, interrupted))
+        return None, compare_checkpoints(*finals, leave_out=leave_out)
 
     def _tell(self, what: Callable[[Observer], None]) -> None:
         if self._observer is not None:

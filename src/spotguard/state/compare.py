@@ -20,10 +20,13 @@ def first_difference(left: Any, right: Any, path: str = "") -> str | None:
     if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
         return _tensor_difference(left, right, path)
     if isinstance(left, Mapping) and isinstance(right, Mapping):
-        for key in [*left, *(key for key in right if key not in left)]:
-            if key not in left or key not in right:
-                return f"{path}[{key!r}]: only in the {'first' if key in left else 'second'}"
-            if (found := first_difference(left[key], right[key], f"{path}[{key!r}]")) is not None:
+        mine, theirs = (
+            {_plain(key): key for key in tree} for tree in (left, right)
+        )  # 1 and True are the same to a dict
+        for name, key in {**theirs, **mine}.items():
+            if name not in mine or name not in theirs:
+                return f"{path}[{key!r}]: only in the {'first' if name in mine else 'second'}"
+            if (found := first_difference(left[key], right[theirs[name]], f"{path}[{key!r}]")) is not None:
                 return found
         return None
     if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
@@ -75,20 +78,27 @@ def _tensor_difference(left: torch.Tensor, right: torch.Tensor, path: str) -> st
     width = max(1, left.element_size())
     differs = (one != other).view(-1, width).any(dim=1)
     first = int(differs.nonzero()[0, 0])
-    values = [tensor.detach().cpu().resolve_conj().contiguous().view(-1)[first].item() for tensor in (left, right)]
+    values = [_flat(tensor)[first].item() for tensor in (left, right)]
     return f"{path}: {int(differs.sum())} of {left.numel()} elements differ, first at {first}: {values[0]!r} and {values[1]!r}"
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return _flat(tensor).view(torch.uint8)
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
     plain = tensor.detach()
     if plain.layout is not torch.strided:
         plain = plain.to_dense()
-    return plain.cpu().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
+    whole = plain.cpu().resolve_conj().resolve_neg().contiguous()
+    return whole.as_strided((whole.numel(),), (1,))  # view(-1) may keep a stride of 2 where there is one element
 
 
 def _plain(value: Any) -> bytes:
     if isinstance(value, float):
         return b"float " + struct.pack("<d", value) + b";"
+    if isinstance(value, (set, frozenset)):  # their order differs from process to process
+        return b"".join([b"set ", *sorted(_plain(item) for item in value), b";"])
     return f"{type(value).__name__} {value!r};".encode()
 
 

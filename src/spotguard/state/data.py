@@ -14,6 +14,7 @@ With ``num_workers=0`` nothing changes.
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from spotguard.errors import ConfigError
 from spotguard.state.compare import fingerprint
 from spotguard.state.loaders import TrackedLoader, check_loader, warn_inexact
 from spotguard.state.rng import capture_rng, restore_rng
@@ -70,7 +71,16 @@ class DataTracker:
 
         Returns:
             The batches that are left; None for a pass that was complete at the checkpoint.
+
+        Raises:
+            ConfigError: Another pass is under way.
+            StateMismatchError: The loader is not the one in the checkpoint.
         """
+        if self._open is not None:
+            raise ConfigError(
+                "batches(): another pass over a loader is under way, and one position cannot stand for two. "
+                "Put both datasets into one loader (torch.utils.data.StackDataset, ConcatDataset), or iterate over one of them only"
+            )
         index = self._index_of(loader)
         number, self._passes = self._passes, self._passes + 1
         if self._target is not None:
@@ -94,7 +104,7 @@ class DataTracker:
             tracked = self._loaders[self._open]
             opened = {"pass": self._passes - 1, "batch": self.batch, "start": self._start, **tracked.record()}
             if tracked.stateful:
-                opened["state"] = tracked.loader.state_dict()
+                opened["state"] = tracked.own_state()
         records = [tracked.record() for tracked in self._loaders]
         return {"passes": self._passes, "loaders": records + self._saved[len(records) :], "open": opened}
 
@@ -114,7 +124,7 @@ class DataTracker:
         self._start = {"rng": capture_rng(), "generators": tracked.generators(), "live": tracked.live, "step": step}
         if tracked.indexed:
             return iter(tracked.over_indices(epoch_seed=self._epoch_seed(tracked)))
-        return iter(tracked.as_it_is())
+        return iter(tracked.as_it_is(epoch_seed=self._epoch_seed(tracked)))
 
     def _resume(self, tracked: TrackedLoader, target: dict[str, Any], restore: Callable[[], None]) -> Iterator[Any]:
         check_loader(tracked.loader, target["loader"])
@@ -142,15 +152,16 @@ class DataTracker:
 
     def _reread(self, tracked: TrackedLoader, target: dict[str, Any]) -> Iterator[Any]:
         if tracked.stateful:
-            tracked.loader.load_state_dict(target["state"])
-            return iter(tracked.loader)
+            loader = tracked.as_it_is(epoch_seed=0)  # the seed comes with the state
+            loader.load_state_dict(target["state"])
+            return iter(loader)
         if self.batch:
             warn_inexact(
                 f"{type(tracked.loader).__name__} cannot be resumed by index: {self.batch} batches are read again and thrown away. That is "
                 "exact only if it yields the same data each time it is iterated over; random numbers drawn in its workers start over. "
                 "A map-style dataset, or a loader with state_dict() such as torchdata's StatefulDataLoader, has neither limit"
             )
-        batches: Iterator[Any] = iter(tracked.as_it_is())
+        batches: Iterator[Any] = iter(tracked.as_it_is(epoch_seed=0))
         for _ in range(self.batch):
             if next(batches, _END) is _END:
                 break

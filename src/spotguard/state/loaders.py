@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from spotguard.errors import InexactResumeWarning, StateMismatchError
 from spotguard.state.rng import capture_rng, decode_generator, encode_generator, is_generator, restore_rng
-from spotguard.state.samples import IndexStream, seeded_dataset, worker_init
+from spotguard.state.samples import IndexStream, StatefulIndexStream, seeded_dataset, worker_init
 
 __all__ = ["TrackedLoader", "check_loader", "describe_loader", "warn_inexact"]
 
@@ -48,7 +48,7 @@ class TrackedLoader:
     @property
     def live(self) -> bool:
         """Whether persistent workers are running: the next pass will not draw a seed for them."""
-        return self._persistent and self._clone is not None
+        return self.indexed and self._persistent and self._clone is not None
 
     def generators(self) -> list[Any]:
         """States of the generators that loader and samplers draw from."""
@@ -72,7 +72,7 @@ class TrackedLoader:
 
     def warm_up(self) -> None:
         """Start persistent workers by an empty pass, so that the next pass is not their first; draws nothing that counts."""
-        if self._persistent and not self.live:
+        if self.indexed and self._persistent and not self.live:
             rng, generators = capture_rng(), self.generators()
             iter(self.over_indices(epoch_seed=0, empty=True))
             restore_rng(rng)
@@ -102,13 +102,31 @@ class TrackedLoader:
             clone._iterator._index_sampler = stream  # noqa: SLF001
         return clone
 
-    def as_it_is(self) -> Any:
-        """The loader for a pass that reads everything, its workers shielded from signals where that is possible."""
-        if self.stateful or not self.workers or self._persistent:
-            return self.loader
-        clone = copy.copy(self.loader)
-        clone.worker_init_fn = worker_init(self.loader.worker_init_fn)
+    def as_it_is(self, *, epoch_seed: int) -> Any:
+        """The loader for a pass that is not by index: with per-sample seeds and shielded workers as far as its kind allows."""
+        loader = self.loader
+        if not self.workers or (self._persistent and not self.stateful):
+            return loader
+        if self.stateful and self._clone is not None:
+            clone = self._clone
+        else:
+            clone = copy.copy(loader)
+            clone.worker_init_fn = worker_init(loader.worker_init_fn)
+        if self.stateful:
+            self._clone = clone
+            if not isinstance(loader.dataset, IterableDataset):
+                batched = loader.batch_sampler is not None
+                inner = loader.batch_sampler if batched else loader.sampler
+                stream = StatefulIndexStream(inner, batched=batched, epoch_seed=epoch_seed)
+                changes = {"batch_sampler" if batched else "sampler": stream}
+                if clone.dataset is loader.dataset:
+                    changes["dataset"] = seeded_dataset(loader.dataset)
+                clone.__dict__.update(changes)
         return clone
+
+    def own_state(self) -> Any:
+        """State of a stateful loader, as it tells it."""
+        return (self._clone if self._clone is not None else self.loader).state_dict()
 
 
 def describe_loader(loader: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ def capture_rng() -> RngState:
     Example:
         >>> before = capture_rng()
         >>> first = torch.rand(()), random.random()
-        >>> restore_rng(before)
+        >>> _ = restore_rng(before)
         >>> (torch.rand(()), random.random()) == first
         True
     """
@@ -56,6 +56,8 @@ def restore_rng(state: RngState) -> list[str]:
 
 def is_generator(value: object) -> bool:
     """Whether this is a random number generator of python, numpy or torch."""
+    if isinstance(value, random.SystemRandom):  # draws from the operating system and has no state
+        return False
     return isinstance(value, (random.Random, torch.Generator)) or _is_numpy_generator(value)
 
 

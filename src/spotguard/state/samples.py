@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Sample", "seeded_dataset", "worker_init"]
+__all__ = ["IndexStream", "Sample", "StatefulIndexStream", "sample_seed", "seeded_dataset", "worker_init"]
 
 _MASK = (1 << 64) - 1
 
@@ -136,14 +136,48 @@ class IndexStream:
             position += sum(1 for _ in drawn) if self._batched else 1
         if self._skipped is not None:
             self._skipped()
-        seed = self._epoch_seed
-        if seed is None:
+        if self._epoch_seed is None:
             yield from draws
             return
         for drawn in draws:
-            if self._batched:
-                yield [Sample(index, sample_seed(seed, position + place)) for place, index in enumerate(drawn)]
-                position += len(drawn)
-            else:
-                yield Sample(drawn, sample_seed(seed, position))
-                position += 1
+            samples, position = self.with_seeds(drawn, self._epoch_seed, position)
+            yield samples
+
+    def with_seeds(self, drawn: Any, epoch_seed: int, position: int) -> tuple[Any, int]:
+        """What to send to the worker for a draw that begins at `position`, and the position behind it."""
+        if not self._batched:
+            return Sample(drawn, sample_seed(epoch_seed, position)), position + 1
+        samples = [Sample(index, sample_seed(epoch_seed, position + place)) for place, index in enumerate(drawn)]
+        return samples, position + len(samples)
+
+
+class StatefulIndexStream(IndexStream):
+    """The same for a loader that asks its sampler for a ``state_dict``, such as torchdata's StatefulDataLoader."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return _StatefulDraws(self, iter(self._inner), self._epoch_seed or 0)
+
+
+class _StatefulDraws(Iterator[Any]):
+    def __init__(self, stream: StatefulIndexStream, draws: Any, epoch_seed: int) -> None:
+        self._stream, self._draws = stream, draws
+        self._state = {"epoch_seed": epoch_seed, "position": 0, "yielded": 0}
+
+    def __next__(self) -> Any:
+        state = self._state
+        drawn = next(self._draws)
+        samples, state["position"] = self._stream.with_seeds(drawn, state["epoch_seed"], state["position"])
+        state["yielded"] += 1
+        return samples
+
+    def state_dict(self) -> dict[str, Any]:
+        inner = self._draws.state_dict() if hasattr(self._draws, "state_dict") else None
+        return {**self._state, "inner": inner}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._state = {name: state[name] for name in self._state}
+        if state["inner"] is not None:
+            self._draws.load_state_dict(state["inner"])
+        else:
+            for _ in range(state["yielded"]):
+                next(self._draws)

@@ -91,7 +91,8 @@ class LocalObjectStore:
         >>> store = LocalObjectStore(Path(tempfile.mkdtemp()))
         >>> with store.create("a/b", exclusive=True) as writer:
         ...     _ = writer.write(b"hello")
-        >>> store.stat("a/b").size, store.open("a/b").read()
+        >>> with store.open("a/b") as reader:
+        ...     store.stat("a/b").size, reader.read()
         (5, b'hello')
     """
 
@@ -206,7 +207,9 @@ class LocalObjectStore:
                 raise
             self._name_by_lock(temporary, final)
             return
-        with contextlib.suppress(OSError):  # the object has its name; a second one is cleared away by `discard_partials`
+        with contextlib.suppress(
+            OSError
+        ):  # the object has its name; a second one is cleared away by `discard_partials`
             self._fs.unlink(temporary)
 
     def _name_by_lock(self, temporary: Path, final: Path) -> None:

@@ -21,7 +21,18 @@ from spotguard.stores.posix import Posix
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["Announce", "Dying", "Failing", "Halted", "Intercepting", "SystemCall", "Unsynced", "exit_at_once", "halt", "without_links"]
+__all__ = [
+    "Announce",
+    "Dying",
+    "Failing",
+    "Halted",
+    "Intercepting",
+    "SystemCall",
+    "Unsynced",
+    "exit_at_once",
+    "halt",
+    "without_links",
+]
 
 _T = TypeVar("_T")
 
@@ -61,7 +72,7 @@ class Intercepting(Posix):
         >>> with LocalObjectStore(tempfile.mkdtemp(), fs=fs).create("object") as writer:
         ...     _ = writer.write(b"bytes")
         >>> [call.name for call in fs.calls]
-        ['create', 'write', 'fsync', 'replace', 'sync_directory']
+        ['sync_directory', 'create', 'write', 'fsync', 'replace', 'sync_directory']
     """
 
     def __init__(self, inner: Posix | None = None) -> None:
@@ -175,7 +186,7 @@ class Dying(Intercepting):
     Example:
         >>> import tempfile
         >>> from spotguard.stores import LocalObjectStore
-        >>> store = LocalObjectStore(tempfile.mkdtemp(), fs=Dying(at=4, death=halt))  # before the rename
+        >>> store = LocalObjectStore(tempfile.mkdtemp(), fs=Dying(at=5, death=halt))  # before the rename
         >>> try:
         ...     with store.create("object") as writer:
         ...         _ = writer.write(b"bytes")

@@ -34,7 +34,9 @@ class ObjectStoreContract:
     @pytest.fixture
     def store(self) -> ObjectStore:
         """An empty store; to be overridden."""
-        raise NotImplementedError("give the class that joins the contract a fixture 'store' that returns an empty store")
+        raise NotImplementedError(
+            "give the class that joins the contract a fixture 'store' that returns an empty store"
+        )
 
     # -- whole or not at all -------------------------------------------------------------------------------------------------------
 
@@ -179,13 +181,29 @@ class ObjectStoreContract:
         put(store, "object", b"0123456789")
         with store.open("object") as reader:
             assert reader.size == 10
-            assert (reader.read(3), reader.read(0), reader.read(4), reader.read(), reader.read(1)) == (b"012", b"", b"3456", b"789", b"")
+            assert (reader.read(3), reader.read(0), reader.read(4), reader.read(), reader.read(1)) == (
+                b"012",
+                b"",
+                b"3456",
+                b"789",
+                b"",
+            )
 
     @pytest.mark.parametrize(
         ("offset", "length", "expected"),
-        [(0, 4, b"0123"), (3, 4, b"3456"), (0, 10, b"0123456789"), (8, 4, b"89"), (10, 4, b""), (1000, 4, b""), (5, 0, b"")],
+        [
+            (0, 4, b"0123"),
+            (3, 4, b"3456"),
+            (0, 10, b"0123456789"),
+            (8, 4, b"89"),
+            (10, 4, b""),
+            (1000, 4, b""),
+            (5, 0, b""),
+        ],
     )
-    def test_read_into_fills_from_an_offset(self, store: ObjectStore, offset: int, length: int, expected: bytes) -> None:
+    def test_read_into_fills_from_an_offset(
+        self, store: ObjectStore, offset: int, length: int, expected: bytes
+    ) -> None:
         """It stops at the end of the object, and touches neither the rest of the buffer nor the position."""
         put(store, "object", b"0123456789")
         buffer = bytearray(b"." * length)
@@ -262,7 +280,9 @@ class ObjectStoreContract:
         """Nor is deleting nothing, a part of a path, or what would lie below an object."""
         put(store, "folder/object", b"x")
         store.delete([])
-        store.delete([ObjectRef("nothing"), ObjectRef("no/such/thing"), ObjectRef("folder"), ObjectRef("folder/object/below")])
+        store.delete(
+            [ObjectRef("nothing"), ObjectRef("no/such/thing"), ObjectRef("folder"), ObjectRef("folder/object/below")]
+        )
         assert get(store, "folder/object") == b"x"
         store.delete([ObjectRef("folder/object"), ObjectRef("folder/object")])
         store.delete([ObjectRef("folder/object")])
@@ -354,7 +374,9 @@ class ObjectStoreContract:
         with pytest.raises(ConfigError, match="key"):
             store.list(prefix)
 
-    @pytest.mark.parametrize("key", ["a", "A-Z_0.9", "x" * 200, "deep/" * 20 + "end", "0001-0000000001.1/rank-00000.pt"])
+    @pytest.mark.parametrize(
+        "key", ["a", "A-Z_0.9", "x" * 200, "deep/" * 20 + "end", "0001-0000000001.1/rank-00000.pt"]
+    )
     def test_a_plain_key_is_taken(self, store: ObjectStore, key: str) -> None:
         """Letters, digits, dot, dash, underscore; up to 200 to a component."""
         put(store, key, b"x", exclusive=True)

@@ -1,0 +1,89 @@
+"""The guard's arguments, checked and turned into objects; the environment fills in what was not given."""
+
+import dataclasses
+import datetime as dt
+import os
+import sys
+from collections.abc import Sequence
+
+from spotguard.errors import ConfigError
+from spotguard.notices import NoticeSource
+from spotguard.policies import RetentionPolicy, SavePolicy, as_retention_policy, as_save_policy
+from spotguard.settings import Settings, load_settings
+from spotguard.state.train_state import TrainState
+from spotguard.stores import ObjectStore, open_store
+
+__all__ = ["Options", "read_options", "refuse_several_ranks"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a `SpotGuard` was asked to do."""
+
+    store: ObjectStore
+    state: TrainState
+    policy: SavePolicy
+    retention: RetentionPolicy
+    sources: tuple[NoticeSource, ...]
+    exit_code: int
+    settings: Settings
+
+
+def read_options(
+    uri: "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]",
+    state: TrainState,
+    *,
+    every: SavePolicy | int | str | dt.timedelta | None,
+    keep: RetentionPolicy | int | None,
+    notices: Sequence[NoticeSource],
+    exit_code: int | None,
+) -> Options:
+    """Check every argument.
+
+    Raises:
+        ConfigError: Names the first one that is wrong, and what to write instead.
+    """
+    settings = load_settings()
+    if not isinstance(state, TrainState):
+        raise ConfigError(
+            f"state={type(state).__name__}(...): wrap it, as in TrainState(model=model, optimizer=optimizer)"
+        )
+    if not isinstance(uri, (str, os.PathLike)):
+        uris = list(uri)
+        if len(uris) != 1:
+            raise ConfigError(f"uri={uris!r}: this release writes to one place; several tiers are not supported yet")
+        uri = uris[0]
+    code = int(settings.choose("exit_code", exit_code))
+    if not 1 <= code <= 255:
+        raise ConfigError(f"exit_code={code!r}: must be 1 to 255; 0 would tell the scheduler that the work is done")
+    for source in notices:
+        if not isinstance(source, NoticeSource):
+            raise ConfigError(f"notices=[{source!r}]: a notice source has a name and a method watch(emit, stop)")
+    return Options(
+        store=open_store(uri),
+        state=state,
+        policy=settings.choose("every", every, as_save_policy),
+        retention=settings.choose("keep", keep, as_retention_policy),
+        sources=tuple(notices),
+        exit_code=code,
+        settings=settings,
+    )
+
+
+def refuse_several_ranks() -> None:
+    """One process only, for now.
+
+    Raises:
+        ConfigError: This process is one of several ranks.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    try:
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError:
+        size = 1
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        size = max(size, distributed.get_world_size())
+    if size > 1:
+        raise ConfigError(
+            f"{size} ranks: this release guards a single process; ranks that do not agree on a step would lose the run"
+        )

@@ -1,0 +1,111 @@
+"""When a save is due, and taking the snapshot: the part of the guard that stalls the loop, and nothing but that part."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from spotguard.checkpoint.layout import rank_name
+from spotguard.events import Event, SaveSkipped, SaveStarted
+from spotguard.guard.gate import Gate
+from spotguard.guard.meter import Meter
+from spotguard.pipeline.writer import Writer
+from spotguard.policies import Due, SavePoint, SavePolicy
+from spotguard.state.snapshot import HostBuffers, ShardImage, Snapshot
+
+__all__ = ["RANK", "Place", "Saver"]
+
+RANK = rank_name(0)
+"""Name of the shard with what belongs to this rank."""
+
+
+class Place(NamedTuple):
+    """A boundary of the loop.
+
+    Attributes:
+        step: Step boundaries passed over all attempts.
+        epoch: Epoch that goes on from here.
+        batch: Batches of that epoch that are done.
+        boundary: Counts the boundaries of this attempt, so that one is never committed twice.
+    """
+
+    step: int
+    epoch: int
+    batch: int
+    boundary: int
+
+
+class Saver:
+    """Takes snapshots and hands them to the writer.
+
+    Args:
+        writer: Commits them.
+        policy: Says when one is due.
+        trees: Everything that is saved, live, by shard name.
+        publish: Where events go.
+        gate: The line to a rehearsal, or None.
+
+    Attributes:
+        due: When the next periodic save is due.
+        requested: Metrics of a save that was asked for; None when none was.
+    """
+
+    def __init__(
+        self,
+        writer: Writer,
+        policy: SavePolicy,
+        *,
+        trees: Callable[[], Mapping[str, Any]],
+        publish: Callable[[Event], None],
+        gate: Gate | None,
+    ) -> None:
+        self.due = Due()
+        self.requested: dict[str, float] | None = None
+        self._writer, self._policy, self._trees, self._publish, self._gate = writer, policy, trees, publish, gate
+        self._buffers = HostBuffers()
+        self._stall_s = 0.0
+        self._saved_at = -1
+
+    def plan(self, step: int) -> None:
+        """Ask the policy when the next save is due, seen from now."""
+        self.due = self._policy.next_due(SavePoint(step, time.monotonic(), self._stall_s, self._writer.write_s))
+
+    def prepare(self) -> None:
+        """Have buffers ready for the first save."""
+        self._buffers.prepare(self._trees())
+
+    def attend(self, place: Place) -> None:
+        """Save if that was asked for, or is due and nothing is in flight."""
+        if self.requested is not None:
+            self._writer.drain()
+            self.snapshot(place)
+        elif place.step >= self.due.step or time.monotonic() >= self.due.time:
+            if self._writer.busy:
+                self._publish(SaveSkipped(step=place.step, reason="the save before is still being written"))
+                self.plan(place.step)
+            else:
+                self.snapshot(place)
+
+    def save_and_wait(self, title: str, place: Place, *, finished: bool = False) -> None:
+        """Commit this very boundary, waiting for what is in flight first; the writer's `error` tells how it went."""
+        self._writer.drain()
+        if self._saved_at == place.boundary and self._writer.error is None and not finished:
+            return
+        with Meter(title) as meter:
+            self.snapshot(place, finished=finished, progress=meter.advance)
+            self._writer.drain()
+
+    def snapshot(self, place: Place, *, finished: bool = False, progress: Callable[[int], None] | None = None) -> None:
+        """Copy the state into the kept buffers, hand them to the writer, and let the loop go on."""
+        began = time.monotonic()
+        metrics, self.requested = self.requested or {}, None
+        images = tuple(
+            ShardImage(name, 0 if name == RANK else None, self._buffers.capture(name, tree))
+            for name, tree in self._trees().items()
+        )
+        snapshot = Snapshot(place.step, place.epoch, place.batch, finished, images)
+        self._writer.submit(snapshot, metrics, progress)
+        self._stall_s, self._saved_at = time.monotonic() - began, place.boundary
+        self._publish(SaveStarted(step=place.step, size=snapshot.size, stall_s=self._stall_s))
+        if self._gate is not None:
+            self._gate.ask("snapshot", step=place.step, stall=self._stall_s, size=snapshot.size)
+        self.plan(place.step)

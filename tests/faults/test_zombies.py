@@ -1,0 +1,189 @@
+"""Of several starts of one run, the last one counts: whatever the others do, it is never part of the history."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from faults.scenario import WHEN, end_child, fork, save, snapshot_at, write
+from spotguard.checkpoint import CheckpointId, Claim, Manifest, ShardRecord
+from spotguard.errors import FencedError
+from spotguard.pipeline.checkpoint_store import CheckpointStore
+from spotguard.pipeline.commit import commit
+from spotguard.pipeline.history import History, claim_attempt, lineage, open_run, read_history
+from spotguard.pipeline.resolver import resolve
+from spotguard.pipeline.sweeper import plan_sweep
+from spotguard.policies import KeepNewest
+from spotguard.stores import LocalObjectStore, MemoryObjectStore, ObjectInfo
+from spotguard.testing.faults import Intercepting, Unsynced
+
+
+def test_an_older_attempt_is_fenced_off_by_a_newer_claim(tmp_path: Path) -> None:
+    store = LocalObjectStore(tmp_path, fs=Unsynced())
+    save(store, 10)
+    claim_attempt(store)
+    run = open_run(store)
+    writer = write(store, run.run_id, 1, None, 20, expect=False)
+    assert isinstance(writer.fenced, FencedError)
+    assert "attempt 2" in str(writer.fenced)
+    assert [str(item) for item in read_history(store).manifests] == ["0001-0000000010"]
+
+
+def test_a_commit_that_was_past_the_fence_when_the_claim_came_is_never_in_the_history(tmp_path: Path) -> None:
+    class ClaimBeforeLink(Intercepting):
+        def link(self, source: Path, target: Path) -> None:
+            if target.parent.name == "manifests":
+                claim_attempt(LocalObjectStore(tmp_path, fs=Unsynced()))
+            super().link(source, target)
+
+    store = LocalObjectStore(tmp_path, fs=Unsynced())
+    first = save(store, 10)
+    zombie = LocalObjectStore(tmp_path, fs=ClaimBeforeLink(Unsynced()))
+    manifest, _ = commit(zombie, snapshot_at(20), run_id=open_run(store).run_id, attempt=1, previous=first.last)
+    assert manifest.id in read_history(store).manifests
+    resolution = resolve(store)
+    assert [(item.id, item.verdict) for item in resolution.candidates] == [
+        ("0001-0000000010", "chosen"),
+        ("0001-0000000020", "off lineage"),
+    ]
+    save(store, 15)
+    assert [str(item) for item in read_history(store).lineage] == ["0003-0000000015", "0001-0000000010"]
+
+
+def test_a_commit_and_a_sweep_between_the_listing_and_the_claim_are_not_lost(tmp_path: Path) -> None:
+    """The old process commits step 20 and sweeps step 10 away while the new one is about to continue from step 10."""
+    store = LocalObjectStore(tmp_path, fs=Unsynced())
+    old = save(store, 10)
+    run_id = open_run(store).run_id
+    busy = True
+
+    class CommitBeforeLink(Intercepting):
+        def link(self, source: Path, target: Path) -> None:
+            nonlocal busy
+            if busy and target.parent.name == "attempts":
+                busy = False
+                write(store, run_id, 1, old.last, 20, keep=1)
+            super().link(source, target)
+
+    claim = claim_attempt(LocalObjectStore(tmp_path, fs=CommitBeforeLink(Unsynced())))
+    assert (claim.parent, claim.parent_max_step) == (1, 20)
+    checkpoint = resolve(store).require()
+    assert checkpoint is not None
+    assert checkpoint.step == 20
+
+
+def test_eight_claims_at_once_give_eight_numbers(tmp_path: Path) -> None:
+    """Of eight processes that wait for the same gate."""
+    root = tmp_path / "run"
+    gate, answers = os.pipe(), os.pipe()
+    children = []
+    for _ in range(8):
+        if (pid := fork()) == 0:
+
+            def claim() -> None:
+                os.close(gate[1])
+                os.read(gate[0], 1)  # returns when the parent closes the gate
+                store = LocalObjectStore(root)
+                open_run(store)
+                os.write(answers[1], b"%d %s\n" % (claim_attempt(store).attempt, open_run(store).run_id.encode()))
+
+            end_child(claim)
+        children.append(pid)
+    for descriptor in (*gate, answers[1]):
+        os.close(descriptor)
+    with os.fdopen(answers[0]) as file:
+        lines = [line.split() for line in file]
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 8
+    assert len({number for number, _ in lines}) == 8
+    assert len({run_id for _, run_id in lines}) == 1
+
+
+def test_a_second_writer_of_the_store_alone_fences_off_the_first() -> None:
+    objects = MemoryObjectStore()
+    first, second = CheckpointStore(objects), CheckpointStore(objects)
+    first.save({"model": {"step": 10}}, step=10)
+    second.save({"model": {"step": 20}}, step=20)
+    with pytest.raises(FencedError, match="attempt 2"):
+        first.save({"model": {"step": 30}}, step=30)
+    assert [checkpoint.step for checkpoint in second.list()] == [10, 20]
+
+
+# -- properties --------------------------------------------------------------------------------------------------------------------
+
+IDS = st.builds(CheckpointId, st.integers(1, 6), st.integers(0, 9), st.integers(0, 1))
+
+
+@st.composite
+def claims_of(draw: st.DrawFn) -> dict[int, Claim]:
+    """A run with up to six starts; each continues any earlier one, up to any step."""
+    claims = {}
+    for attempt in range(1, draw(st.integers(0, 6)) + 1):
+        parent = draw(st.none() | st.integers(1, attempt - 1)) if attempt > 1 else None
+        bound = draw(st.integers(0, 9)) if parent else None
+        claims[attempt] = Claim(attempt=attempt, parent=parent, parent_max_step=bound, created_at=WHEN)
+    return claims
+
+
+@given(claims_of(), st.sets(IDS))
+def test_a_lineage_is_newest_first_within_its_bounds_and_changes_only_by_its_own_attempts(
+    claims: dict[int, Claim], manifests: set[CheckpointId]
+) -> None:
+    line = lineage(claims, manifests)
+    assert len(set(line)) == len(line)
+    assert set(line) <= manifests
+    assert line == sorted(line, reverse=True)
+    ancestors, attempt, bound = dict[int, float](), max(claims, default=None), float("inf")
+    while attempt is not None:
+        ancestors[attempt] = bound
+        claim = claims[attempt]
+        bound = min(bound, float("inf") if claim.parent_max_step is None else claim.parent_max_step)
+        attempt = claim.parent
+    assert set(line) == {item for item in manifests if item.step <= ancestors.get(item.attempt, -1)}
+
+
+@given(claims_of(), st.sets(IDS), IDS)
+def test_a_zombies_commit_beyond_the_step_at_which_it_was_taken_over_is_never_in_the_lineage(
+    claims: dict[int, Claim], manifests: set[CheckpointId], late: CheckpointId
+) -> None:
+    newest = max(claims, default=0) + 1
+    line = lineage(claims, manifests)
+    step = line[0].step if line else 0
+    claims = {**claims, newest: Claim(attempt=newest, parent=newest - 1 or None, parent_max_step=step, created_at=WHEN)}
+    if late.attempt < newest and late.step > step:
+        assert late not in lineage(claims, manifests | {late})
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_a_sweep_never_takes_what_a_checkpoint_that_stays_needs(data: Any) -> None:
+    claims = data.draw(claims_of())
+    ids = sorted(data.draw(st.sets(IDS)))
+    names = [identity.shard_key("model") for identity in ids] + [CheckpointId(1, 0).shard_key("frozen")]
+    manifests = {}
+    for identity in ids:
+        earlier = [name for name, owner in zip(names, [*ids, CheckpointId(1, 0)], strict=True) if owner <= identity]
+        keys = {identity.shard_key("model"), *data.draw(st.lists(st.sampled_from(earlier), max_size=2))}
+        shards = tuple(ShardRecord(name=f"m{i}", key=key, size=1, digest="crc64nvme:0") for i, key in enumerate(sorted(keys)))
+        manifests[identity] = Manifest(
+            run_id="r", attempt=identity.attempt, step=identity.step, sequence=identity.sequence, created_at=WHEN, shards=shards
+        )
+    unread = data.draw(st.sets(st.sampled_from(ids))) if ids else set()
+    readable = {identity: manifest for identity, manifest in manifests.items() if identity not in unread}
+    history = History(claims, tuple(ids))
+    line = history.lineage
+    orphan = CheckpointId(data.draw(st.integers(1, 7)), 99)
+    stored = [ObjectInfo(key, 1) for key in {*names, orphan.shard_key("model")}]
+    limit = data.draw(st.integers(0, 7))
+    plan = plan_sweep(
+        history, readable, stored, KeepNewest(data.draw(st.integers(1, 3))),
+        orphans_up_to=limit, protect=frozenset(line[:1]), now=WHEN,
+    )  # fmt: skip
+    gone = {info.key for info in plan.objects}
+    assert not gone & {shard.key for identity in plan.kept for shard in manifests[identity].shards}
+    assert set(plan.kept) | set(plan.drop) == set(ids)
+    assert not set(plan.kept) & set(plan.drop)
+    assert set(line[:1]) | unread <= set(plan.kept)
+    assert (orphan.shard_key("model") in gone) == (orphan.attempt <= limit and not any(orphan <= item for item in unread))

@@ -1,0 +1,271 @@
+"""Real signals to real processes."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import pytest
+
+from spotguard.pipeline.checkpoint_store import CheckpointStore
+from spotguard.stores import LocalObjectStore
+
+PRELUDE = """
+import os, signal, sys, time
+import torch
+from spotguard import SpotGuard, TrainState
+from spotguard.events import NoticeReceived
+
+def say(*words):
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())  # whole lines, from any thread
+
+def on_event(event):
+    if isinstance(event, NoticeReceived):
+        say("notice", event.detail)
+
+def guarded(**options):
+    model = torch.nn.Linear(2, 2)
+    return SpotGuard(sys.argv[1], TrainState(model=model), **{"every": 10**9, "on_event": on_event, **options})
+"""
+
+WAITS_IN_STEP_3 = """
+with guarded() as guard:
+    for step in guard.steps(1000):
+        if step == 3:
+            say("ready")
+            sys.stdin.readline()
+            say("released")
+"""
+
+STUCK_IN_C = """
+import ctypes
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+with guarded() as guard:
+    for step in guard.steps(1000):
+        libc.pthread_mutex_lock(mutex)
+        say("ready")
+        libc.pthread_mutex_lock(mutex)  # never returns, and no signal wakes it: a collective whose peer is gone
+"""
+
+
+class Script:
+    """A training script in a process group of its own."""
+
+    def __init__(self, code: str, uri: Path, *, ignore: str = "", **env: str) -> None:
+        command = [sys.executable, "-c", PRELUDE + code, str(uri)]
+        if ignore:
+            command = ["/bin/sh", "-c", f'trap "" {ignore}; exec "$@"', "sh", *command]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, **env},
+        )
+
+    def __enter__(self) -> "Script":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        _, stderr = self.process.communicate()
+        if error is not None:
+            error.add_note(stderr) if hasattr(error, "add_note") else None
+
+    def line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def wait_for(self, wanted: str) -> None:
+        for line in iter(self.line, ""):
+            if line == wanted:
+                return
+        raise AssertionError(f"the script ended without {wanted!r}: {self.process.communicate()[1]}")
+
+    def release(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def end(self) -> tuple[int, list[str]]:
+        """Exit status and the lines that were left."""
+        stdout, _ = self.process.communicate()
+        return self.process.returncode, stdout.split("\n")[:-1]
+
+
+def newest_step(uri: Path) -> int | None:
+    checkpoint = CheckpointStore(uri).latest()
+    return None if checkpoint is None else checkpoint.step
+
+
+def logged(uri: Path, kind: str) -> list[dict[str, object]]:
+    lines: Iterator[str] = (line for path in sorted((uri / "events").iterdir()) for line in path.read_text().splitlines())
+    return [fields for fields in map(json.loads, lines) if fields["event"] == kind]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_is_heard_inside_a_step_and_the_step_is_finished_and_committed(tmp_path: Path, number: signal.Signals) -> None:
+    with Script(WAITS_IN_STEP_3, tmp_path) as script:
+        script.wait_for("ready")
+        script.send(number)
+        script.wait_for(f"notice {number.name}")  # while the main thread still sits in its step
+        script.release()
+        assert script.end() == (143, ["released"])
+    assert newest_step(tmp_path) == 4
+    assert [event["detail"] for event in logged(tmp_path, "NoticeReceived")] == [number.name]
+    assert [event["checkpoint"] for event in logged(tmp_path, "Stopped")] == ["0001-0000000004"]
+
+
+def test_a_stop_object_does_the_same_and_is_consumed(tmp_path: Path) -> None:
+    store = LocalObjectStore(tmp_path)
+    with Script(WAITS_IN_STEP_3, tmp_path, SPOTGUARD_POLL_S="0.02", SPOTGUARD_EXIT_CODE="85") as script:
+        script.wait_for("ready")
+        with store.create("stop"):
+            pass
+        script.wait_for("notice a request to stop")
+        script.release()
+        assert script.end() == (85, ["released"])
+    assert newest_step(tmp_path) == 4
+    assert store.stat("stop") is None
+
+
+@pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)])
+def test_a_second_signal_ends_the_process_at_once_though_the_main_thread_is_stuck(
+    tmp_path: Path, first: signal.Signals, second: signal.Signals
+) -> None:
+    with Script(STUCK_IN_C, tmp_path, SPOTGUARD_REPEAT_S="0") as script:
+        script.wait_for("ready")
+        script.send(first)
+        script.wait_for(f"notice {first.name}")
+        script.send(second)
+        assert script.end() == (128 + second, [])
+    assert newest_step(tmp_path) is None
+
+
+def test_a_signal_that_is_delivered_twice_is_one_notice(tmp_path: Path) -> None:
+    with Script(WAITS_IN_STEP_3, tmp_path, SPOTGUARD_REPEAT_S="3600") as script:
+        script.wait_for("ready")
+        script.send(signal.SIGTERM)
+        script.wait_for("notice SIGTERM")
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            script.send(number)
+        script.release()
+        assert script.end() == (143, ["released"])
+    assert len(logged(tmp_path, "NoticeReceived")) == 1
+
+
+def test_an_interrupt_that_was_ignored_from_outside_stays_ignored(tmp_path: Path) -> None:
+    with Script(WAITS_IN_STEP_3, tmp_path, ignore="INT", SPOTGUARD_REPEAT_S="0") as script:
+        script.wait_for("ready")
+        script.send(signal.SIGINT)
+        script.send(signal.SIGTERM)
+        script.wait_for("notice SIGTERM")
+        script.send(signal.SIGINT)
+        script.release()
+        assert script.end() == (143, ["released"])
+    assert [event["detail"] for event in logged(tmp_path, "NoticeReceived")] == ["SIGTERM"]
+
+
+FORKS = """
+def before(number, frame):
+    say("previous handler in", "child" if os.getpid() != parent else "parent")
+
+parent = os.getpid()
+signal.signal(signal.SIGTERM, before)
+with guarded() as guard:
+    for step in guard.steps(100):
+        if step == 3:
+            child = os.fork()
+            if child == 0:
+                say("handler is the previous one:", signal.getsignal(signal.SIGTERM) is before)
+                say("interrupt is the default:", signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+                os.kill(os.getpid(), signal.SIGTERM)
+                os._exit(0)
+            os.waitpid(child, 0)
+        time.sleep(0.001)
+"""
+
+
+def test_a_forked_child_has_the_previous_handlers_and_sends_no_notice(tmp_path: Path) -> None:
+    with Script(FORKS, tmp_path) as script:
+        status, lines = script.end()
+    assert status == 0
+    assert lines == ["handler is the previous one: True", "interrupt is the default: True", "previous handler in child"]
+    assert logged(tmp_path, "NoticeReceived") == []
+
+
+LEAVES_FORKED = """
+with guarded() as guard:
+    for step in guard.steps(10):
+        if step == 3:
+            child = os.fork()
+            if child == 0:
+                sys.exit(7)  # unwinds through the guard of the parent
+            say("child left with", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_child_may_leave_through_the_guard_of_its_parent(tmp_path: Path) -> None:
+    with Script(LEAVES_FORKED, tmp_path) as script:
+        assert script.end() == (0, ["child left with 7"])
+    assert newest_step(tmp_path) == 10
+
+
+LOADS_WITH_WORKERS = """
+import multiprocessing
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 1000
+    def __getitem__(self, index):
+        return torch.tensor([float(index)] * 2)
+
+def main():
+    loader = torch.utils.data.DataLoader(Data(), batch_size=2, num_workers=2)
+    with guarded() as guard:
+        for epoch in guard.epochs(1):
+            for number, batch in enumerate(guard.batches(loader)):
+                say("begin", number)
+                if number == 3:
+                    say("ready")
+                    sys.stdin.readline()
+                    workers = multiprocessing.active_children()
+                    say("workers alive:", sum(worker.is_alive() for worker in workers))
+                say("end", number)
+
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_to_the_whole_group_leaves_the_workers_to_finish_the_step(tmp_path: Path, number: signal.Signals) -> None:
+    with Script(LOADS_WITH_WORKERS, tmp_path) as script:
+        script.wait_for("ready")
+        os.killpg(script.process.pid, number)
+        script.wait_for(f"notice {number.name}")
+        script.release()
+        assert script.end() == (143, ["workers alive: 2", "end 3"])
+        assert newest_step(tmp_path) == 4
+        assert group_is_gone(script.process.pid)
+
+
+def group_is_gone(group: int) -> bool:
+    for _ in range(500):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.01)
+    return False
