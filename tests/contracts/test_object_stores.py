@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
 from spotguard.errors import ObjectExistsError, StoreAccessError, StoreError, TransientStoreError
 from spotguard.stores import LocalObjectStore, MemoryObjectStore, ObjectRef, ObjectStore
 from spotguard.stores.posix import Posix

@@ -1,5 +1,7 @@
 """Handlers that were there before: called, and put back on every way out. Real signals, to this very process."""
 
+# ruff: noqa: PT012 - the loop that is left by an exception is what is tested
+
 import os
 import select
 import signal
@@ -129,7 +131,9 @@ def wakeup() -> Iterator[socket.socket]:
     writer.close()
 
 
-def test_a_wakeup_descriptor_of_somebody_else_still_hears_and_is_put_back(wakeup: socket.socket, tmp_path: Path) -> None:
+def test_a_wakeup_descriptor_of_somebody_else_still_hears_and_is_put_back(
+    wakeup: socket.socket, tmp_path: Path
+) -> None:
     with pytest.raises(Preempted):
         loop_until_stopped(guarded(tmp_path))
     assert wakeup.recv(100) == bytes([signal.SIGTERM])

@@ -10,11 +10,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import pytest
 
 from spotguard.pipeline.checkpoint_store import CheckpointStore
 from spotguard.stores import LocalObjectStore
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PRELUDE = """
 import os, signal, sys, time
@@ -71,15 +75,17 @@ class Script:
             env={**os.environ, **env},
         )
 
-    def __enter__(self) -> "Script":
+    def __enter__(self) -> "Self":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         _, stderr = self.process.communicate()
         if error is not None:
-            error.add_note(stderr) if hasattr(error, "add_note") else None
+            print(stderr)
 
     def line(self) -> str:
         assert self.process.stdout is not None
@@ -111,12 +117,16 @@ def newest_step(uri: Path) -> int | None:
 
 
 def logged(uri: Path, kind: str) -> list[dict[str, object]]:
-    lines: Iterator[str] = (line for path in sorted((uri / "events").iterdir()) for line in path.read_text().splitlines())
+    lines: Iterator[str] = (
+        line for path in sorted((uri / "events").iterdir()) for line in path.read_text().splitlines()
+    )
     return [fields for fields in map(json.loads, lines) if fields["event"] == kind]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_signal_is_heard_inside_a_step_and_the_step_is_finished_and_committed(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_is_heard_inside_a_step_and_the_step_is_finished_and_committed(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     with Script(WAITS_IN_STEP_3, tmp_path) as script:
         script.wait_for("ready")
         script.send(number)
@@ -250,7 +260,9 @@ main()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
-def test_a_signal_to_the_whole_group_leaves_the_workers_to_finish_the_step(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_to_the_whole_group_leaves_the_workers_to_finish_the_step(
+    tmp_path: Path, number: signal.Signals
+) -> None:
     with Script(LOADS_WITH_WORKERS, tmp_path) as script:
         script.wait_for("ready")
         os.killpg(script.process.pid, number)

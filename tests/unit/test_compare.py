@@ -74,7 +74,9 @@ def test_these_are_different(one: Any, other: Any) -> None:
         assert fingerprint(left) != fingerprint(right)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2, torch.int8, torch.bool, torch.complex64, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2, torch.int8, torch.bool, torch.complex64, torch.float64]
+)
 def test_one_flipped_bit_of_a_tensor_is_found_and_named(dtype: torch.dtype) -> None:
     one = torch.zeros(2, 5, dtype=dtype)
     other = one.clone()
@@ -129,7 +131,9 @@ def test_the_fingerprint_is_equal_exactly_where_no_difference_is_found(one: Any,
 def test_the_fingerprint_is_the_same_in_every_process() -> None:
     code = "from spotguard.state.compare import fingerprint as f; print(f([{'a': 1, 2: 'b'}, {'x', 'y', 'z'}, 0.5]))"
     found = {
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env={"PYTHONHASHSEED": seed}).stdout
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True, env={"PYTHONHASHSEED": seed}
+        ).stdout
         for seed in ("1", "2")
     }
     assert len(found) == 1

@@ -50,7 +50,9 @@ def test_a_hook_that_fails_is_logged_and_called_again_and_harms_no_other(caplog:
 
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
-def test_a_hook_that_wants_to_exit_ends_no_thread_of_ours(kind: type[BaseException], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_hook_that_wants_to_exit_ends_no_thread_of_ours(
+    kind: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
     seen: list[Event] = []
 
     def leaving(event: Event) -> None:
@@ -127,7 +129,9 @@ def test_close_does_not_wait_for_ever_for_a_hook_that_hangs(caplog: pytest.LogCa
 
 
 def test_an_event_is_one_line_of_json_with_its_kind_and_time() -> None:
-    event = CheckpointCommitted(checkpoint="0001-0000000002", step=2, size=10, written=5, seconds=0.1, metrics={"loss": 0.5})
+    event = CheckpointCommitted(
+        checkpoint="0001-0000000002", step=2, size=10, written=5, seconds=0.1, metrics={"loss": 0.5}
+    )
     line = event.to_json()
     assert "\n" not in line
     fields = json.loads(line)

@@ -69,7 +69,9 @@ def test_every_module_has_its_layer_and_imports_nothing_above_it(path: Path) -> 
 def test_only_the_state_and_the_adapters_import_torch_at_module_level(path: Path) -> None:
     if package_of(path) in ("state", "coordination") or LAYERS[package_of(path)] == 5:
         return
-    eager = [name for name, top in imports(path) if top and name.split(".")[0] in ("torch", "numpy", "boto3", "botocore")]
+    eager = [
+        name for name, top in imports(path) if top and name.split(".")[0] in ("torch", "numpy", "boto3", "botocore")
+    ]
     assert not eager
 
 

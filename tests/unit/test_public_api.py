@@ -9,7 +9,20 @@ import pytest
 
 import spotguard
 
-HEAVY = {"torch", "boto3", "botocore", "pydantic", "pydantic_settings", "numpy", "awscrt", "fsspec", "rich", "typer", "tenacity", "jinja2"}
+HEAVY = {
+    "torch",
+    "boto3",
+    "botocore",
+    "pydantic",
+    "pydantic_settings",
+    "numpy",
+    "awscrt",
+    "fsspec",
+    "rich",
+    "typer",
+    "tenacity",
+    "jinja2",
+}
 
 
 def modules_after(code: str) -> set[str]:
@@ -49,7 +62,9 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
     assert not (modules_after("import spotguard; dir(spotguard); spotguard.__all__") - before) & HEAVY
 
 
-@pytest.mark.parametrize("name", ["Preempted", "SpotguardError", "PreemptionNotice", "NoticeSource", "EverySteps", "KeepNewest"])
+@pytest.mark.parametrize(
+    "name", ["Preempted", "SpotguardError", "PreemptionNotice", "NoticeSource", "EverySteps", "KeepNewest"]
+)
 def test_plain_names_load_no_torch(name: str) -> None:
     assert "torch" not in modules_after(f"from spotguard import {name}")
 

@@ -14,7 +14,9 @@ from spotguard.checkpoint.records import FORMAT, Record
 from spotguard.errors import CheckpointDamagedError, FormatTooNewError
 
 AT = dt.datetime(2026, 2, 3, 4, 5, 6, 789, tzinfo=dt.timezone.utc)
-SHARD = ShardRecord(name="model", key="checkpoints/0001-0000000002/model.pt", size=3, digest="crc64nvme:0123456789abcdef")
+SHARD = ShardRecord(
+    name="model", key="checkpoints/0001-0000000002/model.pt", size=3, digest="crc64nvme:0123456789abcdef"
+)
 MANIFEST = Manifest(run_id="r", attempt=1, step=2, metrics={"loss": 0.5}, created_at=AT, shards=(SHARD,))
 
 
@@ -56,10 +58,14 @@ def test_any_metrics_are_read_back(metrics: dict[str, float]) -> None:
     data = MANIFEST.model_copy(update={"metrics": metrics}).to_bytes()
     again = Manifest.from_bytes(data, key="key").metrics
     assert again.keys() == metrics.keys()
-    assert all(again[name] == value or (math.isnan(again[name]) and math.isnan(value)) for name, value in metrics.items())
+    assert all(
+        again[name] == value or (math.isnan(again[name]) and math.isnan(value)) for name, value in metrics.items()
+    )
 
 
-@pytest.mark.parametrize("record", [MANIFEST, Claim(attempt=3, parent=2, parent_max_step=7, created_at=AT)], ids=["manifest", "claim"])
+@pytest.mark.parametrize(
+    "record", [MANIFEST, Claim(attempt=3, parent=2, parent_max_step=7, created_at=AT)], ids=["manifest", "claim"]
+)
 def test_one_flipped_bit_anywhere_is_found(record: Record) -> None:
     data = record.to_bytes()
     for position in range(len(data) * 8):
@@ -81,7 +87,8 @@ def test_a_cut_or_a_longer_file_is_found() -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"null", b"[]", b"{}", b"1", b'"x"', b"\xff\xfe", b"\0" * 100, b"[" * 100_000, b'{"format":' + b"9" * 5000 + b"}", b'{"format":"2"}',
+    [b"", b"null", b"[]", b"{}", b"1", b'"x"', b"\xff\xfe", b"\0" * 100, b"[" * 100_000, b'{"format":' + b"9" * 5000 + b"}",
+     b'{"format":"2"}',
      b'{"format":2}', b'{"format":NaN}', b'{"format":true}', MANIFEST.to_bytes().decode().encode("utf-16"), b" " + MANIFEST.to_bytes(),
      b'{"host":"\\ud800"}', b'{"format":2,"sha256":"x","a":"\\ud800"}'],
     ids=lambda data: ascii(data[:24]),
@@ -118,7 +125,10 @@ def test_a_newer_format_whose_digest_is_wrong_is_damage() -> None:
         Manifest.from_bytes(rewritten(format=2, something_new=1).replace(b'"step":2', b'"step":3'), key="key")
 
 
-@pytest.mark.parametrize("changes", [{"unknown": 1}, {"step": -1}, {"attempt": 0}, {"step": "2"}, {"metrics": {"loss": "x"}}, {"shards": None}])
+@pytest.mark.parametrize(
+    "changes",
+    [{"unknown": 1}, {"step": -1}, {"attempt": 0}, {"step": "2"}, {"metrics": {"loss": "x"}}, {"shards": None}],
+)
 def test_a_record_of_this_format_is_closed(changes: dict[str, Any]) -> None:
     with pytest.raises(CheckpointDamagedError):
         Manifest.from_bytes(rewritten(**changes), key="key")
@@ -126,7 +136,7 @@ def test_a_record_of_this_format_is_closed(changes: dict[str, Any]) -> None:
 
 def test_a_record_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        MANIFEST.step = 3  # type: ignore[misc]
+        MANIFEST.step = 3
 
 
 def test_id_and_size_come_from_the_fields() -> None:

@@ -58,7 +58,10 @@ GENERATORS: dict[str, tuple[Callable[[int], Any], Callable[[Any], Any]]] = {
         lambda seed: torch.Generator().manual_seed(seed),
         lambda generator: (torch.rand(5, generator=generator).tolist(), torch.randn(1, generator=generator).tolist()),
     ),
-    "RandomState": (np.random.RandomState, lambda generator: (generator.rand(3).tolist(), generator.randn(), generator.randint(99))),
+    "RandomState": (
+        np.random.RandomState,
+        lambda generator: (generator.rand(3).tolist(), generator.randn(), generator.randint(99)),
+    ),
     **{
         kind.__name__: (
             lambda seed, kind=kind: np.random.Generator(kind(seed)),  # type: ignore[misc]

@@ -76,7 +76,9 @@ def test_the_durations_of_the_automatic_interval_may_be_written_as_people_write_
     assert policy.next_due(SavePoint(step=0, time=0.0, stall_s=1.0)).time == pytest.approx(math.sqrt(2 * 7200))
 
 
-@pytest.mark.parametrize("every", [0, -1, True, 1.5, "0", "-5", "0s", "10 parsecs", "", None, [], object(), dt.timedelta(0)])
+@pytest.mark.parametrize(
+    "every", [0, -1, True, 1.5, "0", "-5", "0s", "10 parsecs", "", None, [], object(), dt.timedelta(0)]
+)
 def test_what_is_no_policy_is_refused_by_the_name_of_the_argument(every: Any) -> None:
     with pytest.raises(ConfigError, match="every"):
         as_save_policy(every)
@@ -105,4 +107,6 @@ def test_a_policy_that_makes_no_sense_is_refused_when_it_is_made(make: Any, name
 def test_policies_compare_and_print_by_value() -> None:
     assert EverySteps(5) == EverySteps(5)
     assert EverySteps(5) != EverySteps(6)
-    assert repr(EverySteps(5) | EverySeconds(60)) == "_AnyOf(policies=(EverySteps(steps=5), EverySeconds(seconds=60.0)))"
+    assert (
+        repr(EverySteps(5) | EverySeconds(60)) == "_AnyOf(policies=(EverySteps(steps=5), EverySeconds(seconds=60.0)))"
+    )

@@ -10,7 +10,13 @@ from spotguard.settings import load_settings
 
 def test_without_an_environment_the_defaults_hold() -> None:
     settings = load_settings()
-    assert (settings.every, settings.keep, settings.exit_code, settings.max_failures, settings.rehearsal) == ("10m", 3, 143, 3, None)
+    assert (settings.every, settings.keep, settings.exit_code, settings.max_failures, settings.rehearsal) == (
+        "10m",
+        3,
+        143,
+        3,
+        None,
+    )
 
 
 def test_the_environment_sets(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,7 +25,14 @@ def test_the_environment_sets(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"SPOTGUARD_{name}", value)
     monkeypatch.setenv("SPOTGUARD_UNKNOWN", "is left alone")
     settings = load_settings()
-    found = (settings.every, settings.keep, settings.exit_code, settings.max_failures, settings.poll_s, settings.repeat_s)
+    found = (
+        settings.every,
+        settings.keep,
+        settings.exit_code,
+        settings.max_failures,
+        settings.poll_s,
+        settings.repeat_s,
+    )
     assert found == ("500", 7, 85, 1, 0.25, 0.0)
 
 

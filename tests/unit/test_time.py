@@ -50,7 +50,16 @@ def test_any_number_with_any_unit_is_read(number: int, unit: str) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.0, "0.0 ms"), (0.25, "250.0 ms"), (1, "1.0 s"), (59.94, "59.9 s"), (60, "1 min"), (61, "1 min 1 s"), (3600, "1 h"), (7380, "2 h 3 min")],
+    [
+        (0.0, "0.0 ms"),
+        (0.25, "250.0 ms"),
+        (1, "1.0 s"),
+        (59.94, "59.9 s"),
+        (60, "1 min"),
+        (61, "1 min 1 s"),
+        (3600, "1 h"),
+        (7380, "2 h 3 min"),
+    ],
 )
 def test_a_duration_is_shown_in_the_unit_a_person_would_use(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text

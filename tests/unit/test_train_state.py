@@ -33,7 +33,11 @@ def test_none_is_left_out() -> None:
     assert list(TrainState(model=torch.nn.Linear(1, 1), scheduler=None).members) == ["model"]
 
 
-@pytest.mark.parametrize("value", [3, "model", [], {}, object(), torch.nn.Linear, lambda: None, torch.ones(2)], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    "value",
+    [3, "model", [], {}, object(), torch.nn.Linear, lambda: None, torch.ones(2)],
+    ids=lambda v: type(v).__name__,
+)
 def test_a_member_without_state_dict_is_refused_by_name(value: Any) -> None:
     with pytest.raises(ConfigError, match=r"TrainState\(ema=\.\.\.\).*state_dict"):
         TrainState(ema=value)
@@ -61,7 +65,11 @@ def test_a_name_that_cannot_name_a_shard_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("saved", "named"),
-    [({"model"}, r"has \['optimizer'\]"), ({"model", "optimizer", "ema"}, r"holds \['ema'\]"), ({"net", "optimizer"}, r"\['net'\].*\['model'\]")],
+    [
+        ({"model"}, r"has \['optimizer'\]"),
+        ({"model", "optimizer", "ema"}, r"holds \['ema'\]"),
+        ({"net", "optimizer"}, r"\['net'\].*\['model'\]"),
+    ],
 )
 def test_other_members_than_were_saved_are_refused_by_name(saved: set[str], named: str) -> None:
     model, optimizer = trained()
@@ -99,7 +107,7 @@ def test_gradients_come_back_as_they_were_or_not_at_all() -> None:
     assert sorted(saved) == ["model.bias", "model.weight", "optimizer[1][0]"]
     optimizer.zero_grad()
     assert capture_gradients(members) == {}
-    model.weight.grad = torch.zeros(2, 3)  # type: ignore[assignment]
+    model.weight.grad = torch.zeros(2, 3)
     restore_gradients(members, saved)
     assert first_difference(capture_gradients(members), saved) is None
     restore_gradients(members, {})

@@ -30,7 +30,7 @@ class Options:
 
 
 def read_options(
-    uri: "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]",
+    uri: object,
     state: TrainState,
     *,
     every: SavePolicy | int | str | dt.timedelta | None,
@@ -49,13 +49,17 @@ def read_options(
             f"state={type(state).__name__}(...): wrap it, as in TrainState(model=model, optimizer=optimizer)"
         )
     if not isinstance(uri, (str, os.PathLike)):
-        uris = list(uri)
+        uris = list(uri) if isinstance(uri, Sequence) else []
+        if not all(isinstance(item, (str, os.PathLike)) for item in uris) or not isinstance(uri, Sequence):
+            raise ConfigError(f"uri={uri!r}: give a directory such as 'runs/my-run', or a URI as text")
         if len(uris) != 1:
             raise ConfigError(f"uri={uris!r}: this release writes to one place; several tiers are not supported yet")
         uri = uris[0]
-    code = int(settings.choose("exit_code", exit_code))
-    if not 1 <= code <= 255:
+    code = settings.choose("exit_code", exit_code)
+    if type(code) is not int or not 1 <= code <= 255:
         raise ConfigError(f"exit_code={code!r}: must be 1 to 255; 0 would tell the scheduler that the work is done")
+    if not isinstance(notices, Sequence):
+        raise ConfigError(f"notices={notices!r}: give a list of notice sources")
     for source in notices:
         if not isinstance(source, NoticeSource):
             raise ConfigError(f"notices=[{source!r}]: a notice source has a name and a method watch(emit, stop)")

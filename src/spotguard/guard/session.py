@@ -347,13 +347,17 @@ class SpotGuard:
     def _steps(self, total: int) -> Iterator[int]:
         if self._is_finished(total, "steps"):
             return
+        if self._driver is not None:
+            raise ConfigError(f"steps(): guard.{self._driver}() counts the steps already; remove one of the two")
         self._driver = "steps"
         self._restorer.arrive()
-        while self.step < total:
-            yield self.step
-            self.step += 1
-            self._boundary()
-        self._driver = None
+        try:
+            while self.step < total:
+                yield self.step
+                self.step += 1
+                self._boundary()
+        finally:
+            self._driver = None
 
     def _is_finished(self, total: int, unit: str) -> bool:
         self._total = total

@@ -43,7 +43,7 @@ class SavePolicy(Protocol):
 
 
 class _Either:
-    def __or__(self: SavePolicy, other: SavePolicy) -> "SavePolicy":
+    def __or__(self: SavePolicy, other: SavePolicy) -> "_AnyOf":
         return _AnyOf((self, as_save_policy(other)))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from spotguard._time import format_seconds
@@ -58,8 +58,9 @@ class ConsoleObserver:
         self._progress.stop_task(self._task)
         if not self._console.is_terminal:
             spent = format_seconds(start.ended - start.began)
+            struck = f", {start.interruption.kind} ({start.struck_where})" if start.interruption else ""
             self._console.print(
-                f"{self._title}: steps {start.first_step} to {start.last_step} in {spent}, exit status {start.exit_code}",
+                f"{self._title}; steps {start.first_step} to {start.last_step} in {spent}{struck}, exit status {start.exit_code}",
                 markup=False,
                 soft_wrap=True,
             )
@@ -71,9 +72,8 @@ def watching() -> Iterator[ConsoleObserver]:
     console = Console(stderr=True, highlight=False)
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps"),
+        BarColumn(24),
+        TextColumn("{task.completed:.0f} steps"),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
@@ -112,19 +112,23 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 
 def _interruptions(report: Report) -> Table:
-    table = Table(title="Starts of the interrupted run", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title="Starts of the interrupted run",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     for name in ("start", "signal", "where"):
-        table.add_column(name)
-    for name in ("from step", "to step", "lost", "restore", "stall", "exit"):
-        table.add_column(name, justify="right")
+        table.add_column(name, overflow="fold")
+    for name in ("steps", "lost", "restore", "stall", "exit"):
+        table.add_column(name, justify="right", no_wrap=True)
     for start in report.interrupted:
-        struck = start.interruption
         table.add_row(
             str(start.number),
-            struck.kind if struck else "",
-            f"{start.struck_where}, step {start.struck_step}" if struck else outcome(start),
-            str(start.first_step),
-            str(start.last_step),
+            start.interruption.kind if start.interruption else "",
+            start.struck_where if start.interruption else outcome(start),
+            f"{start.first_step} to {start.last_step}",
             str(start.lost_steps),
             format_seconds(start.restore_s) if start.resumed_from else "",
             format_seconds(sum(start.stalls)),

@@ -33,7 +33,7 @@ class Interruption:
 
     Example:
         >>> str(Interruption("SIGKILL", 120, "write", "model"))
-        'SIGKILL with half of model written, first save from step 120 on'
+        'SIGKILL (model half written), first save from step 120 on'
     """
 
     kind: Kind
@@ -59,11 +59,8 @@ class Interruption:
         return place_in_words(self.place, self.target)
 
     def __str__(self) -> str:
-        return (
-            f"{self.kind} {self.where}, "
-            + ("" if self.place == "boundary" else "first save from ")
-            + (f"step {self.step}" + ("" if self.place == "boundary" else " on"))
-        )
+        when = f"step {self.step}" if self.place == "boundary" else f"first save from step {self.step} on"
+        return f"{self.kind} ({self.where}), {when}"
 
 
 def plan_interruptions(
@@ -88,7 +85,7 @@ def plan_interruptions(
 
     Example:
         >>> [str(item) for item in plan_interruptions(100, seed=1, sigterm=1, sigkill=1)]
-        ['SIGKILL with half of manifest written, first save from step 9 on', 'SIGTERM at a boundary, step 86']
+        ['SIGKILL (manifest half written), first save from step 9 on', 'SIGTERM (boundary), step 86']
     """
     count = sigterm + sigkill
     if sigterm < 0 or sigkill < 0 or count == 0:
@@ -127,10 +124,10 @@ def save_interval(total_steps: int, every: int | None) -> int:
 def place_in_words(place: str, target: str) -> str:
     """Where in the loop or in a save, for people."""
     if place == "write":
-        return f"with half of {target} written"
+        return f"{target} half written"
     if place == "publish":
-        return f"before {target} became visible"
-    return "at a boundary"
+        return f"{target} not yet visible"
+    return "boundary"
 
 
 def object_name(key: str) -> str:

@@ -222,7 +222,9 @@ class _Rehearsal:
             return Answer()
 
         title = (
-            "untouched" if run == "untouched" else f"start {number}: " + (str(due) if due is not None else "to the end")
+            "untouched"
+            if run == "untouched"
+            else f"start {number}: " + (f"{due.kind} due at step {due.step}" if due is not None else "to the end")
         )
         self._tell(lambda observer: observer.started(title))
         log = f"{run}-{number:02d}.log"
