@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument(
         "run", nargs="?", default="runs/digits", help="where checkpoints are kept (default: %(default)s)"
     )
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument(
         "--workers", type=int, default=0, help="worker processes of the data loader (default: %(default)s)"
     )

@@ -57,7 +57,7 @@ class Settings(BaseSettings):
             warnings.warn(
                 f"SPOTGUARD_{name.upper()}={getattr(self, name)} is ignored: the script sets {name}={given!r}",
                 UserWarning,
-                stacklevel=3,
+                stacklevel=4,  # the script, past read_options and SpotGuard
             )
         return parse(given)
 

@@ -5,6 +5,7 @@ import datetime as dt
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from spotguard.errors import ConfigError
 from spotguard.notices import NoticeSource
@@ -30,7 +31,7 @@ class Options:
 
 
 def read_options(
-    uri: object,
+    uri: Any,
     state: TrainState,
     *,
     every: SavePolicy | int | str | dt.timedelta | None,
@@ -48,13 +49,11 @@ def read_options(
         raise ConfigError(
             f"state={type(state).__name__}(...): wrap it, as in TrainState(model=model, optimizer=optimizer)"
         )
-    if not isinstance(uri, (str, os.PathLike)):
-        uris = list(uri) if isinstance(uri, Sequence) else []
-        if not all(isinstance(item, (str, os.PathLike)) for item in uris) or not isinstance(uri, Sequence):
-            raise ConfigError(f"uri={uri!r}: give a directory such as 'runs/my-run', or a URI as text")
-        if len(uris) != 1:
-            raise ConfigError(f"uri={uris!r}: this release writes to one place; several tiers are not supported yet")
-        uri = uris[0]
+    places = list(uri) if isinstance(uri, Sequence) and not isinstance(uri, str) else [uri]
+    if not all(isinstance(place, (str, os.PathLike)) for place in places):
+        raise ConfigError(f"uri={uri!r}: give a directory such as 'runs/my-run', or a URI as text")
+    if len(places) != 1:
+        raise ConfigError(f"uri={uri!r}: this release writes to one place; several tiers are not supported yet")
     code = settings.choose("exit_code", exit_code)
     if type(code) is not int or not 1 <= code <= 255:
         raise ConfigError(f"exit_code={code!r}: must be 1 to 255; 0 would tell the scheduler that the work is done")
@@ -64,7 +63,7 @@ def read_options(
         if not isinstance(source, NoticeSource):
             raise ConfigError(f"notices=[{source!r}]: a notice source has a name and a method watch(emit, stop)")
     return Options(
-        store=open_store(uri),
+        store=open_store(places[0]),
         state=state,
         policy=settings.choose("every", every, as_save_policy),
         retention=settings.choose("keep", keep, as_retention_policy),

@@ -356,6 +356,9 @@ class SpotGuard:
                 yield self.step
                 self.step += 1
                 self._boundary()
+        except GeneratorExit:  # left by break
+            self.step += 1
+            raise
         finally:
             self._driver = None
 

@@ -113,10 +113,13 @@ def sweep(
     shards = retried(lambda: list(store.list(CHECKPOINTS)))
     safe = protect | frozenset(line[:1])
     plan = plan_sweep(history, manifests, shards, policy, orphans_up_to=limit, protect=safe, now=utc_now())
+    if plan.drop and line:
+        try:
+            Checkpoint(store, load_manifest(store, line[0])).verify()
+        except CheckpointDamagedError as error:
+            raise CheckpointDamagedError(f"nothing is deleted, for the newest checkpoint is damaged: {error}") from error
     if dry_run:
         return plan
-    if plan.drop and line:
-        Checkpoint(store, load_manifest(store, line[0])).verify()
     store.delete(ObjectRef(identity.manifest_key) for identity in plan.drop)
     store.delete(info.ref for info in plan.objects)
     store.discard_partials(lambda key: _is_stale(key, limit))

@@ -137,7 +137,7 @@ class Writer:
         try:
             plan = sweep(self.store, self._retention, owner=self._attempt)
         except CheckpointDamagedError as error:
-            logger.error("retention deleted nothing, for the newest checkpoint does not verify: %s", error)
+            logger.error("retention: %s", error)
             self._publish(SaveFailed(step=self.last.step if self.last else 0, error=str(error), in_a_row=self.failures))
         except (SpotguardError, OSError) as error:
             logger.warning("retention could not delete old checkpoints, will try again after the next save: %s", error)

@@ -87,11 +87,8 @@ def plan_interruptions(
         >>> [str(item) for item in plan_interruptions(100, seed=1, sigterm=1, sigkill=1)]
         ['SIGKILL (manifest half written), first save from step 9 on', 'SIGTERM (boundary), step 86']
     """
+    check_counts(sigterm, sigkill)
     count = sigterm + sigkill
-    if sigterm < 0 or sigkill < 0 or count == 0:
-        raise ConfigError(
-            f"sigterm={sigterm}, sigkill={sigkill}: a rehearsal without interruptions proves nothing; ask for at least one"
-        )
     if count > total_steps - 1:
         raise ConfigError(
             f"the run takes {total_steps} steps, too few for {count} interruptions; "
@@ -109,6 +106,14 @@ def plan_interruptions(
         place = next(places) if kind == "SIGKILL" else "boundary"
         plan.append(Interruption(kind, step, place, "" if place == "boundary" else rng.choice([*shards, MANIFEST])))
     return tuple(plan)
+
+
+def check_counts(sigterm: int, sigkill: int) -> None:
+    """Refuse a rehearsal of nothing."""
+    if sigterm < 0 or sigkill < 0 or sigterm + sigkill == 0:
+        raise ConfigError(
+            f"sigterm={sigterm}, sigkill={sigkill}: a rehearsal without interruptions proves nothing; ask for at least one"
+        )
 
 
 def save_interval(total_steps: int, every: int | None) -> int:

@@ -59,7 +59,13 @@ class Gatekeeper:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._listener.bind(str(path))
+        try:
+            self._listener.bind(str(path))
+        except OSError as error:
+            self._listener.close()
+            raise ConfigError(
+                f"{path}: no socket can be made there ({error}); set TMPDIR to a short local path"
+            ) from error
         self._listener.listen()
         self._listener.setblocking(False)  # noqa: FBT003
 

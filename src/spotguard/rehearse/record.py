@@ -74,6 +74,7 @@ class Start:
         fresh: Fingerprints of the generators at a fresh start.
         troubles: Damaged checkpoints that were passed over, and state that did not come back bit for bit.
         interruption: The signal that was sent, or None.
+        struck_at: When it was sent.
         struck_step: The step at which it was sent.
         struck_where: The place, in words.
         stopped: The guard left on its own accord, with this exit status.
@@ -83,6 +84,11 @@ class Start:
         lost_steps: Steps to redo, known once the next start has told where it resumed.
         segments: Where the time went, in order, without gaps.
         log: Name of the file with its output.
+        boundaries: Steps and times, until the time is accounted for.
+        waits: When the loop stood still for a save, from and to.
+        opened: When the guard was entered; None when it never was.
+        ready: When it had restored, or begun from zero.
+        left: When it had stopped or finished.
     """
 
     number: int

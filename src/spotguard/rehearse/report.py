@@ -150,7 +150,7 @@ def judge(
         reasons.append(
             f"two fresh starts began with different {what} generators, and training drew from them; {_remedy(drawn)}"
         )
-    elif drawn:
+    elif drawn and members:
         notes.append(
             f"the script does not seed {' and '.join(drawn)}, left out of the comparison; to include it, {_remedy(drawn)}"
         )

@@ -14,7 +14,7 @@ from typing import Protocol
 from spotguard.errors import CheckpointError, ConfigError
 from spotguard.rehearse.outcome import Compared, compare_checkpoints, final_checkpoint
 from spotguard.rehearse.page import write_page
-from spotguard.rehearse.plan import Interruption, plan_interruptions, save_interval
+from spotguard.rehearse.plan import Interruption, check_counts, plan_interruptions, save_interval
 from spotguard.rehearse.process import Answer, Gatekeeper, Message, tail
 from spotguard.rehearse.record import Recorder, Start, account
 from spotguard.rehearse.report import HOPELESS, Report, judge, unlike_generators
@@ -87,6 +87,7 @@ def rehearse(
         )
     if options.every is not None and options.every < 1:
         raise ConfigError(f"every={options.every}: at least 1 step between saves")
+    check_counts(options.sigterm, options.sigkill)
     _prepare(options.output)
     with (
         tempfile.TemporaryDirectory(prefix="spotguard-rehearsal-") as folder,

@@ -131,7 +131,7 @@ class Layout:
         )
 
     def _directory(self) -> bytes:
-        entries = b""
+        entries = bytearray()  # bytes would be copied whole for each of what may be many thousands
         for record in self._records:
             short, extra = _sizes(record.size)
             at = record.header_at
@@ -165,7 +165,7 @@ class Layout:
             end64 = struct.pack("<IQHHIIQQQQ", 0x06064B50, 44, 45, 45, 0, 0, count, count, len(entries), at)
             end64 += struct.pack("<IIQI", 0x07064B50, 0, at + len(entries), 1)
             count, at = min(count, 0xFFFF), _LIMIT32
-        return entries + end64 + struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, count, count, len(entries), at, 0)
+        return bytes(entries) + end64 + struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, count, count, len(entries), at, 0)
 
 
 def _sizes(size: int) -> tuple[int, bytes]:
