@@ -23,7 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("rehearse")(rehearse_command)
+app.command("rehearse", context_settings={"allow_interspersed_args": False})(rehearse_command)
 
 Uri = Annotated[str, typer.Argument(help="The run: a directory, file:///path or memory://name.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
