@@ -58,7 +58,9 @@ def step_cost() -> dict[str, float]:
 def save_stall(size: int) -> dict[str, float]:
     """Stall of a save against one copy of the same bytes into kept buffers."""
     width = 1024
-    model = torch.nn.ModuleList(torch.nn.Linear(width, width, bias=False) for _ in range(size // 3 // (4 * width * width)))
+    model = torch.nn.ModuleList(
+        torch.nn.Linear(width, width, bias=False) for _ in range(size // 3 // (4 * width * width))
+    )
     optimizer = torch.optim.AdamW(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -111,7 +113,10 @@ def save_stall(size: int) -> dict[str, float]:
 
 def import_time() -> dict[str, float]:
     """Seconds that ``import spotguard`` adds to an interpreter's start, and whether heavy modules came with it."""
-    code = "import time,sys;t=time.perf_counter();import spotguard;print(time.perf_counter()-t,*[m in sys.modules for m in ('torch','boto3')])"
+    code = (
+        "import time, sys; began = time.perf_counter(); import spotguard; "
+        "print(time.perf_counter() - began, *[name in sys.modules for name in ('torch', 'boto3')])"
+    )
 
     def once() -> float:
         answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

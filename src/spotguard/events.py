@@ -8,6 +8,7 @@ import dataclasses
 import datetime as dt
 import json
 import logging
+import math
 import queue
 import threading
 import time
@@ -52,6 +53,10 @@ class Event:
         """One line of JSON, with the kind of event under ``event``."""
         fields = dataclasses.asdict(self)
         fields["at"] = self.at.isoformat()
+        if "metrics" in fields:  # JSON has no NaN and no infinity
+            fields["metrics"] = {
+                name: value if math.isfinite(value) else str(value) for name, value in fields["metrics"].items()
+            }
         return json.dumps({"event": type(self).__name__, **fields}, default=str)
 
 

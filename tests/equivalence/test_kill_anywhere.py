@@ -69,8 +69,8 @@ def test_three_kills_in_one_run(case: Case, tmp_path: Path) -> None:
         kills = [(draw.randrange(2, ticks // 4), draw.choice([signal.SIGKILL, signal.SIGTERM])) for _ in range(3)]
         for tick, number in kills:
             assert run_once(case, folder, kill_at=tick, number=number) in (-signal.SIGKILL, 143), (
-                (folder / "stderr.txt").read_text()
-            )
+                folder / "stderr.txt"
+            ).read_text()
         finish(case, folder)
         assert_same(untouched, folder, f"three kills {kills}")
 

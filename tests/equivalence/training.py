@@ -73,11 +73,15 @@ def make_loader(case: Case) -> Any:
     if case.loader == "generator":
         return DataLoader(data, shuffle=True, generator=generator, drop_last=True, **plain)
     if case.loader == "replacement":
-        return DataLoader(data, sampler=RandomSampler(data, replacement=True, num_samples=70, generator=generator), **plain)
+        return DataLoader(
+            data, sampler=RandomSampler(data, replacement=True, num_samples=70, generator=generator), **plain
+        )
     if case.loader == "weighted":
         return DataLoader(data, sampler=WeightedRandomSampler([1.0] * SAMPLES, SAMPLES, generator=generator), **plain)
     if case.loader == "batch_sampler":
-        return DataLoader(data, batch_sampler=BatchSampler(PythonShuffle(), BATCH, drop_last=False), num_workers=workers)
+        return DataLoader(
+            data, batch_sampler=BatchSampler(PythonShuffle(), BATCH, drop_last=False), num_workers=workers
+        )
     if case.loader == "unbatched":
         return DataLoader(data, batch_size=None, sampler=PythonShuffle(), num_workers=workers)
     if case.loader == "stateful":
@@ -92,7 +96,9 @@ def train(case: Case, run: Path, tick: Callable[[], None], ledger: Callable[[int
     torch.manual_seed(3)
     random.seed(5)
     np.random.seed(7)
-    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.3), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.Dropout(0.3), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2)
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
     loader = make_loader(case)
@@ -142,7 +148,7 @@ def run_once(case: Case, folder: Path, *, kill_at: int | None = None, number: si
         status = 0
     except SystemExit as leaving:
         status = int(leaving.code or 0)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - the child must end here, whatever happened
         traceback.print_exc()
     finally:
         _end_workers()

@@ -55,7 +55,10 @@ def state_at(step: int) -> dict[str, Any]:
 def snapshot_at(step: int) -> Snapshot:
     """The images of that state, each in a buffer of its own, so that they stay valid."""
     trees = state_at(step)
-    images = (ShardImage(name, 0 if name[:4] == "rank" else None, HostBuffers().capture(name, tree)) for name, tree in trees.items())
+    images = (
+        ShardImage(name, 0 if name[:4] == "rank" else None, HostBuffers().capture(name, tree))
+        for name, tree in trees.items()
+    )
     return Snapshot(step, 0, step, finished=False, shards=tuple(images))
 
 
@@ -68,11 +71,19 @@ def save(store: LocalObjectStore, *steps: int, keep: int = KEEP, expect: bool = 
     run = open_run(store)
     claim = claim_attempt(store)
     checkpoint = resolve(store, run_id=run.run_id, load=True).require()
-    return write(store, run.run_id, claim.attempt, checkpoint.manifest if checkpoint else None, *steps, keep=keep, expect=expect)
+    return write(
+        store, run.run_id, claim.attempt, checkpoint.manifest if checkpoint else None, *steps, keep=keep, expect=expect
+    )
 
 
 def write(
-    store: LocalObjectStore, run_id: str, attempt: int, resumed: Manifest | None, *steps: int, keep: int = KEEP, expect: bool = True
+    store: LocalObjectStore,
+    run_id: str,
+    attempt: int,
+    resumed: Manifest | None,
+    *steps: int,
+    keep: int = KEEP,
+    expect: bool = True,
 ) -> Writer:
     """Commit these steps in an attempt that is claimed already."""
     writer = Writer(store, run_id=run_id, attempt=attempt, retention=KeepNewest(keep), publish=ignore, resumed=resumed)
@@ -120,7 +131,9 @@ def check_visible(root: Path) -> None:
             Checkpoint(store, load_manifest(store, identity)).verify()
         elif (owner := parse_shard_key(key)) is not None and owner.step % 10 == 0 and owner.step != LOST:
             name = Path(key).stem
-            assert read_object(store, key) == next(s.data for s in snapshot_at(owner.step).shards if s.name == name), key
+            assert read_object(store, key) == next(s.data for s in snapshot_at(owner.step).shards if s.name == name), (
+                key
+            )
 
 
 def check_resolves(root: Path, allowed: Iterable[int]) -> int:
@@ -159,7 +172,9 @@ def check_tidy(root: Path, *, foreign: bool = True) -> None:
     ours = named | {f"attempts/{path.name}" for path in (root / "attempts").glob("[0-9][0-9][0-9][0-9].json")}
     expected = ours | (set(FOREIGN) if foreign else set())
     found = [path for path in root.rglob("*") if path.is_file()]
-    locks = [path for path in found if re.fullmatch(r"\.sg-.*\.lock", path.name) and path.with_name(path.name[4:-5]) in found]
+    locks = [
+        path for path in found if re.fullmatch(r"\.sg-.*\.lock", path.name) and path.with_name(path.name[4:-5]) in found
+    ]
     assert {path.relative_to(root).as_posix() for path in found if path not in locks} == expected
     folders = {parent for name in expected for parent in Path(name).parents} | {Path("checkpoints"), Path("manifests")}
     folders |= {Path("plots"), Path("plots/today")} if foreign else set()

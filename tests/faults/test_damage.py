@@ -111,7 +111,9 @@ def test_a_flipped_bit_in_the_newest_claim_is_told_and_changes_nothing_that_is_k
 
 @pytest.mark.parametrize("harm", ["flip", "delete"])
 @pytest.mark.parametrize("attempt", [2, 3])
-def test_a_run_whose_claims_do_not_lead_to_a_checkpoint_does_not_start_from_zero(run: Path, attempt: int, harm: str) -> None:
+def test_a_run_whose_claims_do_not_lead_to_a_checkpoint_does_not_start_from_zero(
+    run: Path, attempt: int, harm: str
+) -> None:
     """Attempts 3 and 4 have no checkpoint of their own: without the claims before them, the way back is lost."""
     store = LocalObjectStore(run, fs=Unsynced())
     for path in (run / "manifests").glob("0002-*.json"):
@@ -153,7 +155,9 @@ def test_a_run_whose_manifests_are_all_gone_does_not_start_from_zero(run: Path) 
 @pytest.mark.parametrize("harm", ["shorter", "longer", "empty", "zeros"])
 def test_a_file_of_another_length_or_full_of_zeros_is_rejected_by_name(run: Path, key: str, harm: str) -> None:
     data = (run / key).read_bytes()
-    (run / key).write_bytes({"shorter": data[:-1], "longer": data + b"\0", "empty": b"", "zeros": bytes(len(data))}[harm])
+    (run / key).write_bytes(
+        {"shorter": data[:-1], "longer": data + b"\0", "empty": b"", "zeros": bytes(len(data))}[harm]
+    )
     assert_older_is_used(run, key)
 
 

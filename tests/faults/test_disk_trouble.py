@@ -90,7 +90,9 @@ def test_any_system_call_of_a_commit_that_fails_is_a_clear_error_and_the_checkpo
     record_property(f"failing calls ({errno.errorcode[code]})", failed)
 
 
-def test_a_full_disk_is_an_event_and_the_next_save_works_and_clears_what_the_failed_ones_left(base: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_an_event_and_the_next_save_works_and_clears_what_the_failed_ones_left(
+    base: Path, tmp_path: Path
+) -> None:
     for name in ("create", "write", "fsync", "mkdir"):
         root = copy_of(base, tmp_path / "run")
         fs = Failing(errno.ENOSPC, name, inner=Unsynced())

@@ -166,9 +166,16 @@ def test_a_sweep_never_takes_what_a_checkpoint_that_stays_needs(data: Any) -> No
     for identity in ids:
         earlier = [name for name, owner in zip(names, [*ids, CheckpointId(1, 0)], strict=True) if owner <= identity]
         keys = {identity.shard_key("model"), *data.draw(st.lists(st.sampled_from(earlier), max_size=2))}
-        shards = tuple(ShardRecord(name=f"m{i}", key=key, size=1, digest="crc64nvme:0") for i, key in enumerate(sorted(keys)))
+        shards = tuple(
+            ShardRecord(name=f"m{i}", key=key, size=1, digest="crc64nvme:0") for i, key in enumerate(sorted(keys))
+        )
         manifests[identity] = Manifest(
-            run_id="r", attempt=identity.attempt, step=identity.step, sequence=identity.sequence, created_at=WHEN, shards=shards
+            run_id="r",
+            attempt=identity.attempt,
+            step=identity.step,
+            sequence=identity.sequence,
+            created_at=WHEN,
+            shards=shards,
         )
     unread = data.draw(st.sets(st.sampled_from(ids))) if ids else set()
     readable = {identity: manifest for identity, manifest in manifests.items() if identity not in unread}
@@ -186,4 +193,6 @@ def test_a_sweep_never_takes_what_a_checkpoint_that_stays_needs(data: Any) -> No
     assert set(plan.kept) | set(plan.drop) == set(ids)
     assert not set(plan.kept) & set(plan.drop)
     assert set(line[:1]) | unread <= set(plan.kept)
-    assert (orphan.shard_key("model") in gone) == (orphan.attempt <= limit and not any(orphan <= item for item in unread))
+    assert (orphan.shard_key("model") in gone) == (
+        orphan.attempt <= limit and not any(orphan <= item for item in unread)
+    )

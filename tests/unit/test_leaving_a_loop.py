@@ -1,11 +1,13 @@
 """A loop that is left by break: the step that was under way is done, and is not done again when the run is continued."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 
-from spotguard import SpotGuard, TrainState
+from spotguard import CheckpointStore, Preempted, SpotGuard, TrainState
 
 
 def train(uri: Path, total: int, leave_at: int | None) -> tuple[list[int], float]:
@@ -35,3 +37,61 @@ def test_steps_may_be_counted_again_after_a_loop_was_left(tmp_path: Path) -> Non
         for _ in guard.steps(10):
             break
         assert list(guard.steps(3)) == [1, 2]
+
+
+def run_epochs(uri: Path, *, stop_in_step: int | None) -> tuple[list[int], int]:
+    """A script whose code behind the inner loop uses a variable of it, as scripts do; the steps it did, and those it told of."""
+    model = torch.nn.Linear(1, 1)
+    steps, told = [], 0
+    with SpotGuard(uri, TrainState(model=model), every=1) as guard:
+        for _ in guard.epochs(3):
+            for batch in guard.batches(["a", "b"]):
+                loss = len(batch)
+                steps.append(guard.step)
+                if guard.step == stop_in_step:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            told += loss
+    return steps, told
+
+
+@pytest.mark.filterwarnings("ignore:list cannot be resumed by index")
+@pytest.mark.parametrize("step", range(6))
+def test_code_behind_the_inner_loop_may_use_its_variables_after_any_stop(tmp_path: Path, step: int) -> None:
+    if step < 5:
+        with pytest.raises(Preempted):
+            run_epochs(tmp_path, stop_in_step=step)
+        steps, _ = run_epochs(tmp_path, stop_in_step=None)
+        assert steps == list(range(step + 1, 6))
+    else:  # the very last step: there is nothing left to stop for
+        assert run_epochs(tmp_path, stop_in_step=step) == (list(range(6)), 3)
+
+
+def test_no_checkpoint_stands_between_the_last_batch_and_the_end_of_its_epoch(tmp_path: Path) -> None:
+    run_epochs(tmp_path, stop_in_step=None)
+    batches = [
+        (checkpoint.manifest.epoch, checkpoint.manifest.batch) for checkpoint in CheckpointStore(tmp_path).list()
+    ]
+    assert batches
+    assert all(batch < 2 for _, batch in batches), batches
+
+
+def test_a_run_left_by_break_in_its_first_step_is_recorded_as_finished(tmp_path: Path) -> None:
+    for _ in range(2):
+        with SpotGuard(tmp_path, TrainState(model=torch.nn.Linear(1, 1))) as guard:
+            for _ in guard.batches(["a", "b"]):
+                break
+    assert guard.step == 1
+    assert guard.checkpoint is not None
+    assert guard.checkpoint.manifest.finished
+
+
+def test_a_forked_child_that_leaves_the_block_leaves_the_run_to_its_parent(tmp_path: Path) -> None:
+    with SpotGuard(tmp_path, TrainState(model=torch.nn.Linear(1, 1))) as guard:
+        for step in guard.steps(2):
+            if step == 0:
+                guard.save()
+            elif (child := os.fork()) == 0:
+                guard.__exit__(None, None, None)
+                os._exit(17)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
+    assert [checkpoint.step for checkpoint in CheckpointStore(tmp_path).list()] == [1, 2]

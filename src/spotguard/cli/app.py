@@ -103,10 +103,8 @@ def verify_command(
 ) -> None:
     """Read every byte and compare it with the manifest. Exit status 1 if anything is damaged."""
     store = _existing(uri)
-    if which == "all":
-        identities = [str(identity) for identity in read_history(store.objects).manifests]
-    else:
-        identities = [_pick(store, which).id]
+    everything = [str(identity) for identity in read_history(store.objects).manifests]
+    identities = everything if which == "all" else [_pick(store, which).id]
     results: list[dict[str, object]] = []
     with bar("verifying", total=len(identities)) as advance:
         for identity in identities:

@@ -192,7 +192,7 @@ class SpotGuard:
     def __enter__(self) -> "Self":
         if self._used:
             raise ConfigError("this SpotGuard has been entered before; make a new one for each run of the loop")
-        self._used = True
+        self._used, self._pid = True, os.getpid()
         refuse_several_ranks()
         with self._cleanup:
             self._start()
@@ -202,6 +202,11 @@ class SpotGuard:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._entered = False
+        if (
+            os.getpid() != self._pid
+        ):  # a forked child leaves by the same door, without the threads: the run is its parent's
+            self._cleanup.pop_all()
+            return
         with self._cleanup:
             if kind is None:
                 self._finish()
@@ -305,7 +310,7 @@ class SpotGuard:
             yield self.epoch
             self.epoch, self._in_epoch = self.epoch + 1, False
             self._tracker.new_epoch()
-            self._boundary()
+            self._boundary(last=self.epoch >= total)
 
     def _batches(self, loader: Any) -> Iterator[Any]:
         if self._driver == "step_done":
@@ -328,6 +333,9 @@ class SpotGuard:
                 tracker.end()
             return
         self._driver = "batches"
+        # Behind the last batch comes code that belongs to the epoch and may use what the loop left behind (`loss`). A start from a
+        # checkpoint taken before it would run it without these. So the last boundary of a pass is the end of the epoch.
+        last = _length(loader)
         try:
             for batch in iterator:
                 yield batch
@@ -335,10 +343,11 @@ class SpotGuard:
                 self.step += 1
                 self._boundaries += 1
                 due = saver.due
-                if self._alert or self.step >= due.step or time.monotonic() >= due.time:
+                if (self._alert or self.step >= due.step or time.monotonic() >= due.time) and tracker.batch != last:
                     self._attend()
         except GeneratorExit:  # left by break
             self.step += 1
+            self._boundaries += 1
             raise
         finally:
             tracker.end()
@@ -355,9 +364,10 @@ class SpotGuard:
             while self.step < total:
                 yield self.step
                 self.step += 1
-                self._boundary()
+                self._boundary(last=self.step >= total)
         except GeneratorExit:  # left by break
             self.step += 1
+            self._boundaries += 1
             raise
         finally:
             self._driver = None
@@ -372,10 +382,11 @@ class SpotGuard:
             )
         return self._finished
 
-    def _boundary(self) -> None:
+    def _boundary(self, *, last: bool = False) -> None:
+        """A boundary; the `last` one of a loop is left to the end of the run, which saves it as finished."""
         self._boundaries += 1
         due = self._saver.due
-        if self._alert or self.step >= due.step or time.monotonic() >= due.time:
+        if not last and (self._alert or self.step >= due.step or time.monotonic() >= due.time):
             self._attend()
 
     def _attend(self) -> None:
@@ -461,6 +472,13 @@ class _Batches:
 
     def __len__(self) -> int:
         return len(self._loader)
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _rng_put_back() -> Callable[[], None]:

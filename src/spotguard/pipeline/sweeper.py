@@ -117,7 +117,9 @@ def sweep(
         try:
             Checkpoint(store, load_manifest(store, line[0])).verify()
         except CheckpointDamagedError as error:
-            raise CheckpointDamagedError(f"nothing is deleted, for the newest checkpoint is damaged: {error}") from error
+            raise CheckpointDamagedError(
+                f"nothing is deleted, for the newest checkpoint is damaged: {error}"
+            ) from error
     if dry_run:
         return plan
     store.delete(ObjectRef(identity.manifest_key) for identity in plan.drop)

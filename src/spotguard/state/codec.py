@@ -1,8 +1,8 @@
 """One member, one torch file: laid out once, filled again at every save.
 
 A torch file is a zip archive of stored (never compressed) records: ``data.pkl`` holds the structure, ``data/0``, ``data/1``, ... the
-bytes of the storages, each at a multiple of 64 bytes. The layout depends on nothing but the sizes, so a save is one copy of each storage to a
-known place plus a small pickle, and the buffer *is* the file: hashed, written and uploaded as it stands.
+bytes of the storages, each at a multiple of 64 bytes. The layout depends on nothing but the sizes, so a save is one copy of each
+storage to a known place plus a small pickle, and the buffer *is* the file: hashed, written and uploaded as it stands.
 
 Two liberties, both of which ``torch.load`` allows: ``data.pkl`` is followed by zero bytes, for room to grow (a pickle ends at its STOP),
 and the CRC-32 fields of the archive are zero, as after ``torch.serialization.set_crc32_options(False)``; the digest in the manifest
