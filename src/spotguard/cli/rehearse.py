@@ -29,7 +29,7 @@ def rehearse_command(
     ] = None,
     timeout: Annotated[str, typer.Option(help="Longest time that one start may take.")] = "10m",
     output: Annotated[Path, typer.Option(help="Directory for the page and the logs.")] = Path("rehearsal"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,  # noqa: FBT002
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Prove that a script survives interruptions: run it untouched, run it under SIGTERM and SIGKILL, compare bit for bit.
 
