@@ -1,5 +1,7 @@
 """Defaults from the environment: ``SPOTGUARD_*``. An argument given in code wins, and the setting it hides is warned about."""
 
+import difflib
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -68,6 +70,15 @@ def load_settings() -> Settings:
     Raises:
         ConfigError: A variable has a value that makes no sense; the message names it.
     """
+    known = {f"SPOTGUARD_{name.upper()}" for name in Settings.model_fields}
+    for name in sorted(
+        name for name in os.environ if name.upper().startswith("SPOTGUARD_") and name.upper() not in known
+    ):
+        near = difflib.get_close_matches(name.upper(), known, n=1)
+        hint = f"; is {near[0]} meant?" if near else f"; there are {', '.join(sorted(known))}"
+        warnings.warn(
+            f"environment variable {name} is ignored, no setting has that name{hint}", UserWarning, stacklevel=4
+        )
     try:
         return Settings()
     except ValidationError as error:

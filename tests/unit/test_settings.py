@@ -23,7 +23,6 @@ def test_the_environment_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"EVERY": "500", "KEEP": "7", "EXIT_CODE": "85", "MAX_FAILURES": "1", "POLL_S": "0.25", "REPEAT_S": "0"}
     for name, value in values.items():
         monkeypatch.setenv(f"SPOTGUARD_{name}", value)
-    monkeypatch.setenv("SPOTGUARD_UNKNOWN", "is left alone")
     settings = load_settings()
     found = (
         settings.every,
@@ -84,3 +83,13 @@ def test_the_warning_about_a_hidden_setting_points_at_the_line_of_the_script(mon
     with pytest.warns(UserWarning, match="SPOTGUARD_EVERY=7 is ignored") as warned:
         SpotGuard("memory://settings", TrainState(model=torch.nn.Linear(1, 1)), every=5)
     assert warned[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("SPOTGUARD_EVRY", "is SPOTGUARD_EVERY meant"), ("SPOTGUARD_BUCKET_REGION", "there are SPOTGUARD_")],
+)
+def test_a_variable_that_no_setting_has_is_warned_about(monkeypatch: pytest.MonkeyPatch, name: str, hint: str) -> None:
+    monkeypatch.setenv(name, "5")
+    with pytest.warns(UserWarning, match=f"{name} is ignored.*{hint}"):
+        load_settings()
