@@ -70,14 +70,15 @@ def load_settings() -> Settings:
     Raises:
         ConfigError: A variable has a value that makes no sense; the message names it.
     """
-    known = {f"SPOTGUARD_{name.upper()}" for name in Settings.model_fields}
-    for name in sorted(
-        name for name in os.environ if name.upper().startswith("SPOTGUARD_") and name.upper() not in known
-    ):
-        near = difflib.get_close_matches(name.upper(), known, n=1)
-        hint = f"; is {near[0]} meant?" if near else f"; there are {', '.join(sorted(known))}"
+    known = [name.upper() for name in Settings.model_fields]
+    for variable in sorted(os.environ):
+        name = variable.upper().removeprefix("SPOTGUARD_")
+        if variable.upper() == name or name in known:
+            continue
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"is SPOTGUARD_{near[0]} meant?" if near else f"there are SPOTGUARD_{{{', '.join(known)}}}"
         warnings.warn(
-            f"environment variable {name} is ignored, no setting has that name{hint}", UserWarning, stacklevel=4
+            f"environment variable {variable} is ignored, no setting has that name; {hint}", UserWarning, stacklevel=4
         )
     try:
         return Settings()
