@@ -81,7 +81,7 @@ def test_every_second_of_a_start_is_accounted_for_once() -> None:
         (3.0, {"at": "boundary", "step": 1}),
         (4.0, {"at": "boundary", "step": 2}),
         (4.5, {"at": "snapshot", "step": 2, "stall": 0.5, "size": 8}),
-        (5.0, {"at": "publish", "key": "manifests/0001-0000000002.json"}),
+        (5.0, {"at": "published", "key": "manifests/0001-0000000002.json"}),
         (6.0, {"at": "boundary", "step": 3}),
         (7.0, {"at": "boundary", "step": 4}),
     ]

@@ -83,6 +83,8 @@ def gated(store: ObjectStore, gate: Gate) -> ObjectStore:
                 yield _GatedWriter(writer, gate, key) if watched else writer
                 if watched:
                     gate.ask("publish", key=key)
+            if watched:
+                gate.ask("published", key=key)
 
     store_under_rehearsal: ObjectStore = GatedStore()
     return store_under_rehearsal

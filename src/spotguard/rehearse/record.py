@@ -186,7 +186,7 @@ class Recorder:
         elif at == "snapshot":
             self._stalls.append(float(message["stall"]))
             self._waits.append((now - float(message["stall"]), now))
-        elif at == "publish" and (identity := parse_manifest_key(message["key"])) is not None:
+        elif at == "published" and (identity := parse_manifest_key(message["key"])) is not None:
             self._commits.append((now, identity.step))
         elif at == "stopped":
             fields["stopped"], fields["left"] = int(message.get("code", 143)), now
