@@ -99,7 +99,7 @@ class NoUsableCheckpointError(CheckpointError, RuntimeError):
 
 
 class FormatTooNewError(CheckpointError, RuntimeError):
-    """Written by a later release of spotguard. Not damage: upgrade, or roll back to an older checkpoint."""
+    """Written by a later release of spotguard. Not damage: upgrade."""
 
 
 class SaveError(SpotguardError, RuntimeError):
@@ -115,14 +115,14 @@ class InexactResumeWarning(UserWarning):
 
 
 class Preempted(SystemExit):
-    """Raised at a step boundary once the final checkpoint is committed.
+    """Raised at a step boundary once the final checkpoint is committed, or has failed twice: then an older one stands.
 
     It is a `SystemExit`: left alone, the process ends with `code`, which is never 0 while work remains, so that a
     scheduler starts it again. 143 is what a shell reports for a process ended by SIGTERM (128 + 15).
 
     Attributes:
         code: The exit status.
-        checkpoint: Id of the checkpoint to resume from, or None when nothing had been trained yet.
+        checkpoint: Id of the checkpoint that the next start resumes from; None when there is none.
 
     Example:
         >>> exit = Preempted("0001-0000000420", reason="SIGTERM")
@@ -136,5 +136,5 @@ class Preempted(SystemExit):
         self.reason = reason
 
     def __str__(self) -> str:
-        where = f"checkpoint {self.checkpoint} is committed" if self.checkpoint else "nothing had been trained yet"
+        where = f"checkpoint {self.checkpoint} is committed" if self.checkpoint else "no checkpoint is committed"
         return f"stopped by {self.reason}: {where} (exit status {self.code})"

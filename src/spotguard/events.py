@@ -13,7 +13,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from spotguard._time import utc_now
 
@@ -241,9 +240,3 @@ class EventBus:
                     hook(item)
                 except (Exception, SystemExit, KeyboardInterrupt):  # a hook may not end the thread of all hooks
                     logger.exception("event hook %r failed", hook)
-
-
-def event_fields(line: str) -> dict[str, Any]:
-    """Read back one line of `Event.to_json`."""
-    fields: dict[str, Any] = json.loads(line)
-    return fields

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from faults.scenario import FOREIGN, check_content, copy_of, prepare, put_foreign, save
+from faults.scenario import FOREIGN, check_content, copy_of, prepare, put_foreign, save, snapshot_at
 from spotguard.checkpoint import CheckpointId
 from spotguard.checkpoint.records import FORMAT, Manifest, _canonical
 from spotguard.errors import (
@@ -17,9 +17,12 @@ from spotguard.errors import (
     SpotguardError,
     StoreError,
 )
+from spotguard.events import CheckpointCommitted, Event
 from spotguard.pipeline.checkpoint_store import CheckpointStore, LocalCheckpointStore
 from spotguard.pipeline.history import claim_attempt, open_run
 from spotguard.pipeline.resolver import Resolution, resolve
+from spotguard.pipeline.writer import Writer
+from spotguard.policies import KeepNewest
 from spotguard.stores import LocalObjectStore
 from spotguard.testing.faults import Unsynced
 
@@ -247,6 +250,23 @@ def test_retention_deletes_nothing_when_the_newest_checkpoint_is_damaged(run: Pa
     with pytest.raises(SpotguardError, match="model"):
         LocalCheckpointStore(run).prune(1)
     assert sorted(run.rglob("*")) == before
+
+
+def test_after_a_shard_was_found_damaged_the_next_save_writes_every_shard_anew(tmp_path: Path) -> None:
+    """And does not name the damaged one again because its digest, as it was meant to be, has not changed."""
+    store = LocalObjectStore(tmp_path, fs=Unsynced())
+    run, claim = open_run(store), claim_attempt(store)
+
+    def damage(event: Event) -> None:
+        if isinstance(event, CheckpointCommitted) and event.step == 20:
+            flip(tmp_path / CheckpointId(1, 10).shard_key("backbone"), 500, 0)
+
+    writer = Writer(store, run_id=run.run_id, attempt=claim.attempt, retention=KeepNewest(1), publish=damage)
+    for step in (10, 20, 30):
+        writer.submit(snapshot_at(step), {})
+        writer.drain()
+    writer.close()
+    assert [(item.id, item.verdict) for item in resolve(store).candidates] == [("0001-0000000030", "chosen")]
 
 
 def test_somebodys_file_beside_the_shards_of_a_kept_checkpoint_stays(run: Path) -> None:

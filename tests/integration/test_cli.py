@@ -119,7 +119,7 @@ def test_a_typing_error_in_the_uri_is_not_an_empty_run(tmp_path: Path, command: 
 def test_the_console_script_prints_a_line_and_no_traceback(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from spotguard.cli import main; main()", "ls", "gopher://run"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "gopher" in result.stderr
     assert "Traceback" not in result.stderr
 

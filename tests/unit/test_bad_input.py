@@ -79,6 +79,8 @@ def stop_in_batch(uri: Path, number: int, members: TrainState, data: Any) -> Non
         ("ftp://host/run", "scheme 'ftp'.*use a directory path"),
         ("s4://bucket/run", "scheme 's4'"),
         ("://run", "scheme ''"),
+        ("s3:/bucket/run", "two slashes.*'./s3:/bucket/run'"),
+        ("file:/data/run", "two slashes"),
         ("", "give a directory"),
         ("  ", "give a directory"),
         ("file://host/run", "three slashes"),

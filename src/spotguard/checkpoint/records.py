@@ -58,8 +58,7 @@ class Record(BaseModel):
             found, claimed = fields.get("format"), fields.pop("sha256", None)
             if isinstance(found, int) and found > FORMAT and claimed == hashlib.sha256(_canonical(fields)).hexdigest():
                 raise FormatTooNewError(
-                    f"{key} has format {found}; this release reads up to {FORMAT}. "
-                    "Upgrade spotguard, or 'spotguard rollback' to a checkpoint of an older release"
+                    f"{key} has format {found}; this release reads up to {FORMAT}. Upgrade spotguard, or use a new URI"
                 )
             record = cls.model_validate(fields)
         except (ValueError, TypeError, RecursionError, ValidationError) as error:

@@ -8,7 +8,7 @@ import typer
 from spotguard.checkpoint.layout import STOP
 from spotguard.cli.output import age, bar, fail, size, table, to_json
 from spotguard.cli.rehearse import rehearse_command
-from spotguard.errors import CheckpointDamagedError, SpotguardError
+from spotguard.errors import CheckpointDamagedError, ConfigError, SpotguardError
 from spotguard.pipeline.checkpoint import Checkpoint
 from spotguard.pipeline.checkpoint_store import CheckpointStore
 from spotguard.pipeline.history import read_history
@@ -25,15 +25,18 @@ app = typer.Typer(
 )
 app.command("rehearse", context_settings={"allow_interspersed_args": False})(rehearse_command)
 
-Uri = Annotated[str, typer.Argument(help="The run: a directory, file:///path or memory://name.", show_default=False)]
+Uri = Annotated[str, typer.Argument(help="The run: a directory, or file:///path.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Which = Annotated[str, typer.Argument(help="A checkpoint id, a step, or 'latest'.", show_default=True)]
 
 
 def main() -> None:
-    """Entry point of the console script: errors of ours are a line on standard error and exit status 1."""
+    """Entry point of the console script: errors of ours are a line on standard error; exit status 2 for wrong usage, 1 for the rest."""
     try:
         app()
+    except ConfigError as error:
+        fail(str(error))
+        sys.exit(2)
     except SpotguardError as error:
         fail(str(error))
         sys.exit(1)

@@ -1,5 +1,6 @@
 """From a resolution to the state as it was, applied when the loop has come back to the place of the checkpoint."""
 
+import copy
 import time
 import warnings
 from collections.abc import Callable
@@ -78,7 +79,8 @@ class Restorer:
             return None
         self._payload = resolution.loaded
         local = self._payload[RANK]
-        inexact = self._apply()
+        # A copy: optimizers take over the very tensors they are given, and code on the way to the place must not change the original.
+        inexact = self._apply(copy.deepcopy(self._payload))
         for what in inexact:
             warnings.warn(what, InexactResumeWarning, stacklevel=5)
             self._publish(InexactResume(what=what))
@@ -94,14 +96,13 @@ class Restorer:
     def arrive(self) -> None:
         """The loop has come to the place of the checkpoint: whatever ran on the way, the state is now that of the checkpoint."""
         if self._payload is not None:
-            self._apply()
+            self._apply(self._payload)
             self._payload = None
 
     def forget(self) -> None:
         """The loop keeps its own counters; there is no place to arrive at."""
         self._payload = None
 
-    def _apply(self) -> list[str]:
-        assert self._payload is not None
-        members = {name: tree for name, tree in self._payload.items() if name != RANK}
-        return self._state.load_members(members) + self._state.load_local(self._payload[RANK])
+    def _apply(self, payload: dict[str, Any]) -> list[str]:
+        members = {name: tree for name, tree in payload.items() if name != RANK}
+        return self._state.load_members(members) + self._state.load_local(payload[RANK])

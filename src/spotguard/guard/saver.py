@@ -86,13 +86,21 @@ class Saver:
                 self.snapshot(place)
 
     def save_and_wait(self, title: str, place: Place, *, finished: bool = False) -> None:
-        """Commit this very boundary, waiting for what is in flight first; the writer's `error` tells how it went."""
+        """Commit this very boundary, waiting for what is in flight first; the writer's `error` tells how it went.
+
+        There is no later save to make up for a failed one, so a failed one is tried once more.
+        """
         self._writer.drain()
         if self._saved_at == place.boundary and self._writer.error is None and not finished:
             return
-        with Meter(title) as meter:
-            self.snapshot(place, finished=finished, progress=meter.advance)
-            self._writer.drain()
+        metrics = self.requested
+        for _ in range(2):
+            self.requested = metrics
+            with Meter(title) as meter:
+                self.snapshot(place, finished=finished, progress=meter.advance)
+                self._writer.drain()
+            if self._writer.error is None or self._writer.fenced is not None:
+                return
 
     def snapshot(self, place: Place, *, finished: bool = False, progress: Callable[[int], None] | None = None) -> None:
         """Copy the state into the kept buffers, hand them to the writer, and let the loop go on."""

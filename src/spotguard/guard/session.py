@@ -16,7 +16,8 @@ import datetime as dt
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from spotguard._time import format_seconds
@@ -34,6 +35,7 @@ from spotguard.events import (
     SaveFailed,
     Stopped,
 )
+from spotguard.guard.batches import Batches, length_of, rng_put_back
 from spotguard.guard.console import say
 from spotguard.guard.event_log import EventLog
 from spotguard.guard.gate import Gate, gated
@@ -46,7 +48,7 @@ from spotguard.pipeline.history import claim_attempt, open_run
 from spotguard.pipeline.writer import Writer
 from spotguard.policies import RetentionPolicy, SavePolicy, as_save_policy
 from spotguard.state.data import DataTracker
-from spotguard.state.rng import capture_rng, is_generator, restore_rng
+from spotguard.state.rng import is_generator
 from spotguard.state.train_state import TrainState
 from spotguard.stores import ObjectRef, open_store
 
@@ -114,6 +116,9 @@ class SpotGuard:
         self.step, self.epoch = 0, 0
         self._in_epoch = False
         self._driver: str | None = None
+        self._preempted: Preempted | None = None
+        self._by_epochs = False
+        self._pass: weakref.ref[Generator[Any, None, None]] | None = None
         self._finished = False
         self._finished_total = 0
         self._total = 0
@@ -136,7 +141,7 @@ class SpotGuard:
             raise ConfigError(f"epochs({total!r}): the number of epochs is a whole number of at least 1")
         return self._epochs(total)
 
-    def batches(self, loader: Iterable[Any]) -> "_Batches":
+    def batches(self, loader: Iterable[Any]) -> Batches:
         """Batches of a loader, from the restored position. Asking for the next one completes the step: a boundary.
 
         `enumerate` counts from 0 again after a resume; use `batch` or `step` where the number of the batch matters, for gradient
@@ -147,7 +152,7 @@ class SpotGuard:
             raise ConfigError(
                 f"batches({type(loader).__name__}): not something to iterate over; pass the DataLoader itself"
             )
-        return _Batches(loader, self._batches)
+        return Batches(loader, self._begin_pass)
 
     def steps(self, total: int) -> Iterator[int]:
         """Step numbers, from the restored one to ``total - 1``, for loops that count steps. Asking for the next one is a boundary."""
@@ -161,6 +166,10 @@ class SpotGuard:
         self._check_entered("step_done")
         if self._driver not in (None, "step_done"):
             raise ConfigError(f"step_done(): guard.{self._driver}() counts the steps already; remove one of the two")
+        if self._by_epochs:
+            raise ConfigError(
+                "step_done(): a resume inside guard.epochs() would begin the epoch again; use guard.batches(loader) there"
+            )
         self._driver, self._finished = "step_done", False
         self._restorer.forget()
         self.step += 1
@@ -208,6 +217,8 @@ class SpotGuard:
             self._cleanup.pop_all()
             return
         with self._cleanup:
+            if kind is None and self._preempted:
+                raise self._preempted  # an `except` in the block took it; the run is stopped all the same, not finished
             if kind is None:
                 self._finish()
             else:
@@ -281,6 +292,7 @@ class SpotGuard:
         say(f"this is a rehearsal: checkpoints go to {self._store.uri}")
 
     def _finish(self) -> None:
+        self._close_pass()
         if not (self._finished and self._boundaries == 0):
             if self._in_epoch:  # left by break: if more epochs are asked for later, they begin with the next one
                 self.epoch, self._in_epoch = self.epoch + 1, False
@@ -303,16 +315,26 @@ class SpotGuard:
     def _epochs(self, total: int) -> Iterator[int]:
         if self._is_finished(total, "epochs"):
             return
+        self._by_epochs = True
         while self.epoch < total:
             if not self._tracker.resuming:
                 self._restorer.arrive()
             self._in_epoch = True
             yield self.epoch
+            self._close_pass()
             self.epoch, self._in_epoch = self.epoch + 1, False
             self._tracker.new_epoch()
             self._boundary(last=self.epoch >= total)
 
-    def _batches(self, loader: Any) -> Iterator[Any]:
+    def _begin_pass(self, loader: Any) -> Iterator[Any]:
+        itself: list[weakref.ref[Generator[Any, None, None]]] = []
+        begun = self._batches(loader, itself)
+        itself.append(weakref.ref(begun))  # weak: one that is left by break ends at once, if nobody else holds it
+        return begun
+
+    def _batches(
+        self, loader: Any, itself: "list[weakref.ref[Generator[Any, None, None]]]"
+    ) -> Generator[Any, None, None]:
         if self._driver == "step_done":
             raise ConfigError("batches(): guard.step_done() counts the steps already; remove one of the two")
         if self._finished:
@@ -320,7 +342,10 @@ class SpotGuard:
         by_steps = self._driver == "steps"
         tracker, saver = self._tracker, self._saver
         iterator = tracker.iterate(
-            loader, step=self.step, restore=_rng_put_back() if by_steps else self._restorer.arrive
+            loader,
+            step=self.step,
+            restore=rng_put_back() if by_steps else self._restorer.arrive,
+            seek=by_steps,
         )
         if iterator is None:
             return
@@ -332,11 +357,13 @@ class SpotGuard:
             finally:
                 tracker.end()
             return
-        self._driver = "batches"
+        self._driver, self._pass = "batches", itself[0]
         # Behind the last batch comes code that belongs to the epoch and may use what the loop left behind (`loss`). A start from a
         # checkpoint taken before it would run it without these. So the last boundary of a pass is the end of the epoch.
-        last = _length(loader)
+        last = length_of(loader)
         try:
+            if not self._in_epoch and tracker.batch == 0 and self._boundaries:  # without epochs: put off till now
+                self._check_boundary()
             for batch in iterator:
                 yield batch
                 tracker.batch += 1
@@ -352,6 +379,12 @@ class SpotGuard:
         finally:
             tracker.end()
             self._driver = None
+
+    def _close_pass(self) -> None:
+        """A pass that was left by break is over, even where the loop still holds its iterator."""
+        if self._pass is not None and (begun := self._pass()) is not None:
+            begun.close()
+        self._pass = None
 
     def _steps(self, total: int) -> Iterator[int]:
         if self._is_finished(total, "steps"):
@@ -385,8 +418,12 @@ class SpotGuard:
     def _boundary(self, *, last: bool = False) -> None:
         """A boundary; the `last` one of a loop is left to the end of the run, which saves it as finished."""
         self._boundaries += 1
+        if not last:
+            self._check_boundary()
+
+    def _check_boundary(self) -> None:
         due = self._saver.due
-        if not last and (self._alert or self.step >= due.step or time.monotonic() >= due.time):
+        if self._alert or self.step >= due.step or time.monotonic() >= due.time:
             self._attend()
 
     def _attend(self) -> None:
@@ -424,7 +461,7 @@ class SpotGuard:
             self._gate.ask(
                 "stopped", step=self.step, checkpoint=identity, seconds=seconds, code=self._options.exit_code
             )
-        preempted = Preempted(identity, reason=notice.detail, code=self._options.exit_code)
+        self._preempted = preempted = Preempted(identity, reason=notice.detail, code=self._options.exit_code)
         say(str(preempted))
         raise preempted
 
@@ -459,29 +496,3 @@ class SpotGuard:
     def _check_entered(self, method: str) -> None:
         if not self._entered:
             raise ConfigError(f"guard.{method}() works inside 'with SpotGuard(...) as guard:' only")
-
-
-class _Batches:
-    """What `SpotGuard.batches` gives: to be iterated over, with the length of the loader, so that progress bars work."""
-
-    def __init__(self, loader: Any, iterate: Callable[[Any], Iterator[Any]]) -> None:
-        self._loader, self._iterate = loader, iterate
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._iterate(self._loader)
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return None
-
-
-def _rng_put_back() -> Callable[[], None]:
-    """The generators as they are now, to be put back when the sampler has come to its place."""
-    rng = capture_rng()
-    return lambda: (restore_rng(rng), None)[1]

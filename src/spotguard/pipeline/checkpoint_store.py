@@ -146,6 +146,8 @@ class CheckpointStore:
         checkpoint = Checkpoint(self.objects, load_manifest(self.objects, identity))
         checkpoint.verify()
         claim_attempt(self.objects, rollback_to=identity)
+        # A trainer that was just fenced off may have swept it away between our reading it and our claim; from here on it cannot.
+        load_manifest(self.objects, identity)
         self._attempt, self._previous = None, None
         return checkpoint
 

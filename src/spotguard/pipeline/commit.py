@@ -34,6 +34,7 @@ def commit(
     attempt: int,
     sequence: int = 0,
     previous: Manifest | None = None,
+    reuse: bool = True,
     metrics: Mapping[str, float] | None = None,
     deadline: float | None = None,
     progress: Progress | None = None,
@@ -47,6 +48,7 @@ def commit(
         attempt: Number that this process has claimed.
         sequence: Counts commits at one step.
         previous: The commit before this one in the same history.
+        reuse: Name its shards again where they have not changed; not where it was found damaged.
         metrics: Recorded for retention and for people.
         deadline: Instant (monotonic seconds) by which it must be done.
         progress: Called with the number of bytes done, for each piece.
@@ -60,7 +62,7 @@ def commit(
         ConfigError: A member could not be read back; nothing was committed.
     """
     identity = CheckpointId(attempt, snapshot.step, sequence)
-    known = {shard.name: shard for shard in previous.shards} if previous else {}
+    known = {shard.name: shard for shard in previous.shards} if previous and reuse else {}
     shards, written = [], 0
     for image in snapshot.shards:
         check_readable(image.name, image.data)

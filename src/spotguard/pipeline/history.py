@@ -111,7 +111,7 @@ def open_run(store: ObjectStore) -> RunRecord:
     """Read the identity of the run, or give it one.
 
     Raises:
-        StoreError: The directory holds things that are not a run of ours.
+        StoreError: There are checkpoints, and the record that says whose they are is gone.
     """
     for tries in range(2 * _PATIENCE):
         try:

@@ -85,7 +85,6 @@ def sweep(
     policy: RetentionPolicy,
     *,
     owner: int | None = None,
-    protect: frozenset[CheckpointId] = frozenset(),
     dry_run: bool = False,
 ) -> SweepPlan:
     """Delete what the policy does not want, and what interrupted saves left behind.
@@ -95,7 +94,6 @@ def sweep(
         policy: What to keep.
         owner: The attempt of the caller, where the caller is the one process that may write to the run. Anybody else leaves the newest
             attempt's unnamed shards alone: they may belong to a save that is under way.
-        protect: Ids to keep in any case: the checkpoint that this attempt resumed from, until a newer one is committed.
         dry_run: Only say what would go.
 
     Raises:
@@ -111,17 +109,21 @@ def sweep(
             continue
     line = history.lineage
     shards = retried(lambda: list(store.list(CHECKPOINTS)))
-    safe = protect | frozenset(line[:1])
+    safe = frozenset(line[:1])  # until a newer one is committed, that is the one resumed from
     plan = plan_sweep(history, manifests, shards, policy, orphans_up_to=limit, protect=safe, now=utc_now())
     if plan.drop and line:
         try:
             Checkpoint(store, load_manifest(store, line[0])).verify()
         except CheckpointDamagedError as error:
             raise CheckpointDamagedError(
-                f"nothing is deleted, for the newest checkpoint is damaged: {error}"
+                f"nothing is deleted, for the newest checkpoint is damaged: {error}. "
+                "The next start falls back to an older one and goes on from there; 'spotguard rollback' does so without a start"
             ) from error
     if dry_run:
         return plan
+    if read_history(store).newest_attempt != history.newest_attempt:
+        # Somebody has started, or rolled back, while the newest was read back: what they continue may be what was to go.
+        return SweepPlan((), (), history.manifests)
     store.delete(ObjectRef(identity.manifest_key) for identity in plan.drop)
     store.delete(info.ref for info in plan.objects)
     store.discard_partials(lambda key: _is_stale(key, limit))

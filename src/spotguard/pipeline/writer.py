@@ -53,8 +53,8 @@ class Writer:
         self.error: BaseException | None = None
         self.fenced: FencedError | None = None
         self._run_id, self._attempt, self._retention, self._publish = run_id, attempt, retention, publish
-        self._resumed = resumed.id if resumed else None
         self._used: CheckpointId | None = None
+        self._damaged: CheckpointId | None = None  # the last commit, if it could not be read back as it was written
         self._job: tuple[Snapshot, Mapping[str, float], Callable[[int], None] | None] | None = None
         self._wake = threading.Condition()
         self._closing = False
@@ -116,6 +116,7 @@ class Writer:
             attempt=self._attempt,
             sequence=sequence,
             previous=self.last,
+            reuse=self.last is None or self.last.id != self._damaged,
             metrics=metrics,
             progress=progress,
         )
@@ -137,8 +138,9 @@ class Writer:
         try:
             plan = sweep(self.store, self._retention, owner=self._attempt)
         except CheckpointDamagedError as error:
-            logger.error("retention: %s", error)
-            self._publish(SaveFailed(step=self.last.step if self.last else 0, error=str(error), in_a_row=self.failures))
+            # What was just written cannot be read back: whatever the store said, that save has failed.
+            self._damaged = self.last.id if self.last else None
+            self._failed(self.last.step if self.last else 0, error)
         except (SpotguardError, OSError) as error:
             logger.warning("retention could not delete old checkpoints, will try again after the next save: %s", error)
         else:

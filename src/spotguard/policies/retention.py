@@ -132,6 +132,8 @@ def as_retention_policy(keep: RetentionPolicy | int) -> RetentionPolicy:
         ConfigError: Neither a policy nor a whole number of at least 1.
     """
     if isinstance(keep, int):
+        if type(keep) is not int or keep < 1:
+            raise ConfigError(f"keep={keep!r}: how many to keep must be a whole number of at least 1")
         return KeepNewest(keep)
     if callable(getattr(keep, "keep", None)):
         return keep

@@ -16,7 +16,7 @@ from typing import Any
 
 from spotguard.errors import ConfigError
 from spotguard.state.compare import fingerprint
-from spotguard.state.loaders import TrackedLoader, check_loader, warn_inexact
+from spotguard.state.loaders import TrackedLoader, check_loader, differences, warn_inexact
 from spotguard.state.rng import capture_rng, restore_rng
 
 __all__ = ["DataState", "DataTracker"]
@@ -41,7 +41,8 @@ class DataTracker:
         self.batch = 0
         self._known = known
         self._passes = 0
-        self._loaders: list[TrackedLoader] = []
+        self._loaders: dict[int, TrackedLoader] = {}  # by the place of its record
+        self._births: list[tuple[Any, str]] = []
         self._saved: list[dict[str, Any]] = []
         self._target: dict[str, Any] | None = None
         self._open: int | None = None
@@ -61,13 +62,16 @@ class DataTracker:
         """The loop asks for its next epoch."""
         self._passes, self._open, self.batch = 0, None, 0
 
-    def iterate(self, loader: Any, *, step: int, restore: Callable[[], None]) -> Iterator[Any] | None:
+    def iterate(
+        self, loader: Any, *, step: int, restore: Callable[[], None], seek: bool = False
+    ) -> Iterator[Any] | None:
         """Begin a pass, or come back to one.
 
         Args:
             loader: What to iterate over.
             step: Step boundaries passed.
             restore: Puts members and generators to the state of the checkpoint; called when its place is reached.
+            seek: The loop counts steps and not passes: with one loader, its first pass is the one that was under way.
 
         Returns:
             The batches that are left; None for a pass that was complete at the checkpoint.
@@ -81,6 +85,8 @@ class DataTracker:
                 "batches(): another pass over a loader is under way, and one position cannot stand for two. "
                 "Put both datasets into one loader (torch.utils.data.StackDataset, ConcatDataset), or iterate over one of them only"
             )
+        if seek and self._target is not None and len(self._saved) == 1:
+            self._passes = self._target["pass"]
         index = self._index_of(loader)
         number, self._passes = self._passes, self._passes + 1
         if self._target is not None:
@@ -102,32 +108,79 @@ class DataTracker:
         opened = None
         if self._open is not None:
             tracked = self._loaders[self._open]
-            opened = {"pass": self._passes - 1, "batch": self.batch, "start": self._start, **tracked.record()}
+            opened = {
+                "pass": self._passes - 1,
+                "index": self._open,
+                "batch": self.batch,
+                "start": self._start,
+                **tracked.record(),
+            }
             if tracked.stateful:
                 opened["state"] = tracked.own_state()
-        records = [tracked.record() for tracked in self._loaders]
-        return {"passes": self._passes, "loaders": records + self._saved[len(records) :], "open": opened}
+        return {"passes": self._passes, "loaders": self._records(), "open": opened}
+
+    def _records(self) -> list[dict[str, Any]]:
+        records = dict(enumerate(self._saved))
+        records.update((index, tracked.record()) for index, tracked in self._loaders.items())
+        return [records[index] for index in range(len(records))]
 
     def _index_of(self, loader: Any) -> int:
-        for index, tracked in enumerate(self._loaders):
+        for index, tracked in self._loaders.items():
             if tracked.loader is loader:
+                tracked.number = self._passes
                 return index
-        tracked = TrackedLoader(loader, self._known)
-        self._loaders.append(tracked)
-        index = len(self._loaders) - 1
+        tracked = TrackedLoader(loader, self._known, self._births)
+        tracked.number = self._passes
         arriving = self._target is not None and self._passes == self._target["pass"]
-        if index < len(self._saved) and not arriving:
-            tracked.restore(self._saved[index])
+        index = self._target["index"] if self._target and arriving else self._recognize(tracked)
+        self._loaders[index] = tracked
         return index
 
+    def _recognize(self, tracked: TrackedLoader) -> int:
+        """Which of the recorded loaders this one is; it becomes what the record tells of. A place behind them for a new one.
+
+        The order of first use does not tell: the epoch that goes on may begin with another loader than the first epoch did. What does is
+        what the loader looks like and where its generators began, which the same script makes the same at each start.
+        """
+        free = [index for index in range(len(self._saved)) if index not in self._loaders]
+        alike = [index for index in free if not differences(tracked.loader, self._saved[index]["loader"])]
+        if not free:
+            return len(self._records())
+        if not alike:
+            check_loader(tracked.loader, self._saved[free[0]]["loader"])
+        same = [index for index in alike if self._saved[index]["births"] == tracked.births]
+        if not same:
+            if len({str(self._saved[index]["births"]) for index in alike}) == 1:
+                warn_inexact(
+                    f"the generator of a {type(tracked.loader).__name__} began in another state than at the start before. It is left as it "
+                    "is, which is right for a loader that is made anew in each epoch. If it is made once, seed it with a fixed number"
+                )
+            return len(self._records())
+        same = [index for index in same if self._saved[index]["number"] == tracked.number] or same
+        if len({fingerprint([self._saved[index]["generators"], self._saved[index]["live"]]) for index in same}) > 1:
+            warn_inexact(
+                f"{len(same)} loaders of the checkpoint look the same and began with generators in the same state; which of them this one "
+                "is cannot be told, the first is taken. Seed their generators differently"
+            )
+        tracked.restore(self._saved[same[0]])
+        return same[0]
+
     def _begin(self, tracked: TrackedLoader, step: int) -> Iterator[Any]:
-        self._start = {"rng": capture_rng(), "generators": tracked.generators(), "live": tracked.live, "step": step}
+        self._start = {
+            "rng": capture_rng(),
+            "generators": tracked.generators(),
+            "values": tracked.sampler_values(),
+            "live": tracked.live,
+            "step": step,
+        }
         if tracked.indexed:
             return iter(tracked.over_indices(epoch_seed=self._epoch_seed(tracked)))
         return iter(tracked.as_it_is(epoch_seed=self._epoch_seed(tracked)))
 
     def _resume(self, tracked: TrackedLoader, target: dict[str, Any], restore: Callable[[], None]) -> Iterator[Any]:
         check_loader(tracked.loader, target["loader"])
+        tracked.warn_of_restart()
+        tracked.compare_samplers(target["start"]["values"])
         self.batch, self._start = target["batch"], target["start"]
         if self._start["live"]:
             tracked.warm_up()
@@ -135,8 +188,11 @@ class DataTracker:
         tracked.set_generators(self._start["generators"])
 
         def arrive() -> None:
+            # Workers are sent indices ahead of time. Where that is another number of batches than before, the draws just made count.
+            ahead = tracked.workers and target["ahead"] != tracked.ahead
+            generators = tracked.generators() if ahead else target["generators"]
             restore()
-            tracked.set_generators(target["generators"])
+            tracked.set_generators(generators)
 
         if not tracked.indexed:
             batches = self._reread(tracked, target)

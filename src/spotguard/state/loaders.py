@@ -1,6 +1,9 @@
 """A data loader and what has to be remembered about it from pass to pass."""
 
 import copy
+import functools
+import itertools
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +12,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from spotguard.errors import InexactResumeWarning, StateMismatchError
+from spotguard.state.compare import fingerprint
 from spotguard.state.rng import capture_rng, decode_generator, encode_generator, is_generator, restore_rng
 from spotguard.state.samples import IndexStream, StatefulIndexStream, seeded_dataset, worker_init
 
 __all__ = ["TrackedLoader", "check_loader", "describe_loader", "warn_inexact"]
+
+_LOOKED_AT, _DEPTH, _ITEMS = 1000, 6, 50  # how far generators are searched for
 
 
 class TrackedLoader:
@@ -21,13 +27,16 @@ class TrackedLoader:
     Args:
         loader: What the user iterates over.
         known: Generators that are saved anyway, as members of the state.
+        births: Every generator that any loader draws from, and its state when it was first seen; added to.
 
     Attributes:
+        births: Those of its own: the same at each start of the same script.
+        number: Number of its latest pass within the epoch.
         indexed: It is a plain loader over a map-style dataset, which can be resumed by index.
         stateful: It keeps its own position, such as torchdata's StatefulDataLoader.
     """
 
-    def __init__(self, loader: Any, known: tuple[Any, ...]) -> None:
+    def __init__(self, loader: Any, known: tuple[Any, ...], births: list[tuple[Any, str]]) -> None:
         self.loader = loader
         self.stateful = callable(getattr(loader, "state_dict", None)) and callable(
             getattr(loader, "load_state_dict", None)
@@ -38,10 +47,12 @@ class TrackedLoader:
         self._persistent = self.workers > 0 and bool(getattr(loader, "persistent_workers", False))
         self._generators = generators_of(loader)
         self._clone: Any = None
-        hidden = hidden_generators(getattr(loader, "dataset", None), known, in_workers=self.workers > 0)
+        self.number = 0
+        self.births = [_birth(generator, known, births) for generator in self._generators]
+        hidden = hidden_generators(loader, (*known, *self._generators), known, in_workers=self.workers > 0)
         if hidden:
             warn_inexact(
-                f"the dataset keeps generators of its own ({', '.join(hidden)}), whose state is not saved. Draw from the global "
+                f"the data come by generators that nobody saves ({', '.join(hidden)}). Draw from the global "
                 "generators, or, with num_workers=0, make the generator a member: TrainState(..., data_rng=generator)"
             )
 
@@ -49,6 +60,11 @@ class TrackedLoader:
     def live(self) -> bool:
         """Whether persistent workers are running: the next pass will not draw a seed for them."""
         return self.indexed and self._persistent and self._clone is not None
+
+    @property
+    def ahead(self) -> int:
+        """Batches whose indices are drawn ahead of time."""
+        return self.workers * (getattr(self.loader, "prefetch_factor", None) or 0)
 
     def generators(self) -> list[Any]:
         """States of the generators that loader and samplers draw from."""
@@ -61,14 +77,52 @@ class TrackedLoader:
 
     def record(self) -> dict[str, Any]:
         """What a later start needs to begin its next pass as this one would."""
-        return {"loader": describe_loader(self.loader), "generators": self.generators(), "live": self.live}
+        return {
+            "loader": describe_loader(self.loader),
+            "births": self.births,
+            "number": self.number,
+            "generators": self.generators(),
+            "live": self.live,
+            "ahead": self.ahead,
+            "values": self.sampler_values(),
+        }
 
     def restore(self, record: dict[str, Any]) -> None:
         """Become what a record tells of."""
         check_loader(self.loader, record["loader"])
+        self.warn_of_restart()
+        if not hasattr(self.loader.sampler if isinstance(self.loader, DataLoader) else None, "set_epoch"):
+            self.compare_samplers(record["values"])
         if record["live"]:
             self.warm_up()
         self.set_generators(record["generators"])
+
+    def warn_of_restart(self) -> None:
+        """Say so where workers that should have lived on from pass to pass cannot be brought back as they were."""
+        if self._persistent and not self.indexed:
+            warn_inexact(
+                f"the persistent workers of a {type(self.loader).__name__} start anew, which draws random numbers that a run without a "
+                "restart does not draw. No difference with persistent_workers=False, or with a plain DataLoader over a map-style dataset"
+            )
+
+    def sampler_values(self) -> dict[str, Any]:
+        """Plain attributes of the samplers, such as a count of epochs."""
+        holders = [getattr(self.loader, name, None) for name in ("batch_sampler", "sampler")]
+        return {
+            f"{type(holder).__name__}.{name}": value
+            for holder in holders
+            for name, value in getattr(holder, "__dict__", {}).items()
+            if type(value) in (bool, int, float, str)
+        }
+
+    def compare_samplers(self, saved: dict[str, Any]) -> None:
+        """Say so where a sampler counts for itself, and does not stand where it stood."""
+        here = self.sampler_values()
+        if changed := sorted(name for name in set(here) | set(saved) if here.get(name) != saved.get(name)):
+            warn_inexact(
+                f"{', '.join(changed)} differs from the checkpoint: a sampler that keeps a state of its own does not get it back. Set it "
+                "from guard.epoch at the head of each epoch, in a method set_epoch() say"
+            )
 
     def warm_up(self) -> None:
         """Start persistent workers by an empty pass, so that the next pass is not their first; draws nothing that counts."""
@@ -151,12 +205,7 @@ def check_loader(loader: Any, saved: dict[str, Any]) -> None:
         StateMismatchError: The batch size or the length of the dataset, say, has changed.
     """
     here = describe_loader(loader)
-    changed = [
-        f"{name} was {saved.get(name)} and is {here.get(name)}"
-        for name in sorted(set(saved) | set(here))
-        if name != "workers" and saved.get(name) != here.get(name)
-    ]
-    if changed:
+    if changed := differences(loader, saved):
         raise StateMismatchError(
             f"the data loader differs from the one in the checkpoint: {'; '.join(changed)}. A position in one is no position in the other: "
             "restore the old value, or start a new run under another URI"
@@ -166,6 +215,16 @@ def check_loader(loader: Any, saved: dict[str, Any]) -> None:
             f"num_workers was {saved.get('workers')} and is {here.get('workers')}: random augmentations draw from the generators "
             "of the main process without workers and from per-sample ones with workers, so they will differ"
         )
+
+
+def differences(loader: Any, saved: dict[str, Any]) -> list[str]:
+    """What makes a position in this loader another than in the one that was saved, in words."""
+    here = describe_loader(loader)
+    return [
+        f"{name} was {saved.get(name)} and is {here.get(name)}"
+        for name in sorted(set(saved) | set(here))
+        if name != "workers" and saved.get(name) != here.get(name)
+    ]
 
 
 def warn_inexact(message: str) -> None:
@@ -198,20 +257,63 @@ def generators_of(loader: Any) -> list[Any]:
     return found
 
 
-def hidden_generators(dataset: Any, known: tuple[Any, ...], *, in_workers: bool) -> list[str]:
-    """Names of attributes of a dataset, and of what it holds, that are generators nobody saves."""
+def hidden_generators(loader: Any, saved: tuple[Any, ...], known: tuple[Any, ...], *, in_workers: bool) -> list[str]:
+    """Where a loader's dataset and collate function, or whatever else it is, keep generators that nobody saves.
+
+    Args:
+        loader: Looked into: attributes, containers (their first items), functions and what they close over.
+        saved: Generators that are saved as long as the main process draws from them.
+        known: Those of them that are members of the state.
+        in_workers: Dataset and collate function live in workers, whose generators nobody can save.
+    """
+    parts = ("dataset", "collate_fn") if isinstance(loader, DataLoader) else ("",)
+    waiting = [(part, getattr(loader, part) if part else loader, 0) for part in parts]
+    fine = () if in_workers else (saved if parts != ("",) else known)
     found: list[str] = []
-    waiting = [("dataset", dataset, 0)]
     seen: set[int] = set()
-    while waiting and len(seen) < 200:
-        path, holder, depth = waiting.pop(0)
-        if id(holder) in seen:
+    while waiting and len(seen) < _LOOKED_AT:
+        path, value, depth = waiting.pop(0)
+        if id(value) in seen:
             continue
-        seen.add(id(holder))
-        for name, value in getattr(holder, "__dict__", {}).items():
-            if is_generator(value):
-                if in_workers or all(value is not other for other in known):
-                    found.append(f"{path}.{name}")
-            elif depth < 3 and hasattr(value, "__dict__") and not isinstance(value, (type, torch.Tensor)):
-                waiting.append((f"{path}.{name}", value, depth + 1))
+        seen.add(id(value))
+        if is_generator(value):
+            if all(value is not other for other in fine):
+                found.append(path or type(value).__name__)
+        elif depth < _DEPTH:
+            waiting += [(f"{path}{name}".lstrip("."), inner, depth + 1) for name, inner in _inside(value)]
     return found
+
+
+def _inside(value: Any) -> list[tuple[str, Any]]:
+    if value is None or isinstance(value, (type, torch.Tensor, str, bytes, int, float, types.ModuleType)):
+        return []
+    if isinstance(value, dict):
+        return [(f"[{key!r}]", item) for key, item in itertools.islice(value.items(), _ITEMS)]
+    if isinstance(value, (list, tuple)):
+        return [(f"[{index}]", item) for index, item in enumerate(value[:_ITEMS])]
+    if isinstance(value, functools.partial):
+        return [(".func", value.func), (".args", value.args), (".keywords", value.keywords)]
+    if isinstance(value, types.MethodType):
+        return [("", value.__self__)]
+    if isinstance(value, types.FunctionType):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        return [(f".{name}", cell.cell_contents) for name, cell in cells if not _empty(cell)]
+    return [(f".{name}", item) for name, item in list(getattr(value, "__dict__", {}).items())]
+
+
+def _empty(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is _empty
+    except ValueError:
+        return True
+
+
+def _birth(generator: Any, known: tuple[Any, ...], births: list[tuple[Any, str]]) -> str:
+    """The state a generator was in when it was first seen, in short; nothing for a member, which is in the state it was restored to."""
+    if any(generator is other for other in known):
+        return ""
+    for other, birth in births:
+        if other is generator:
+            return birth
+    births.append((generator, fingerprint(encode_generator(generator))))
+    return births[-1][1]

@@ -10,6 +10,7 @@ from spotguard.errors import ConfigError, StateMismatchError
 from spotguard.state.codec import check_loadable
 from spotguard.state.compare import first_difference
 from spotguard.state.gradients import capture_gradients, restore_gradients
+from spotguard.state.modes import capture_modes, restore_modes
 from spotguard.state.rng import capture_rng, decode_generator, encode_generator, is_generator, restore_rng
 
 __all__ = ["Stateful", "TrainState"]
@@ -92,8 +93,12 @@ class TrainState:
             check_loadable(name, tree)
 
     def local(self) -> dict[str, Any]:
-        """What belongs to this rank alone: generators and gradients, live."""
-        return {"rng": capture_rng(), "gradients": capture_gradients(self.members)}
+        """What belongs to this rank alone: generators, gradients and the modes of modules, live."""
+        return {
+            "rng": capture_rng(),
+            "gradients": capture_gradients(self.members),
+            "modes": capture_modes(self.members),
+        }
 
     def check_names(self, saved: set[str]) -> None:
         """Refuse to resume with other members than were saved.
@@ -142,6 +147,7 @@ class TrainState:
         return inexact
 
     def load_local(self, saved: Mapping[str, Any]) -> list[str]:
-        """Put gradients and, last of all, the generators back; returns what could not be, in words."""
+        """Put modes, gradients and, last of all, the generators back; returns what could not be, in words."""
+        restore_modes(self.members, saved["modes"])
         restore_gradients(self.members, saved["gradients"])
         return restore_rng(saved["rng"])

@@ -1,6 +1,7 @@
 """From a URI to a store."""
 
 import os
+import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -10,6 +11,10 @@ from spotguard.stores.local import LocalObjectStore
 from spotguard.stores.memory import MemoryObjectStore
 
 __all__ = ["open_store"]
+
+_LOST_SLASH = re.compile(
+    r"[A-Za-z][A-Za-z0-9+.-]*:/"
+)  # "s3:/bucket/run" would be a directory that goes with the machine
 
 
 def open_store(uri: "str | os.PathLike[str]") -> ObjectStore:
@@ -30,6 +35,11 @@ def open_store(uri: "str | os.PathLike[str]") -> ObjectStore:
         raise ConfigError("uri='' names no place; give a directory such as 'runs/my-run'")
     scheme, separator, rest = text.partition("://")
     if not separator:
+        if _LOST_SLASH.match(text):
+            raise ConfigError(
+                f"uri={text!r} is neither a URI nor a plain path: a URI has two slashes after its scheme, as in file:///data/my-run. "
+                f"If a directory is really called that, write './{text}'"
+            )
         return LocalObjectStore(Path(text))
     if scheme == "file":
         parts = urlsplit(text)
