@@ -201,6 +201,10 @@ class EventBus:
         self._thread = threading.Thread(target=self._run, name="spotguard-events", daemon=True)
         self._thread.start()
 
+    def add(self, hook: EventHook) -> None:
+        """Hand events to this hook too, from now on."""
+        self._hooks = (*self._hooks, hook)
+
     def publish(self, event: Event) -> None:
         """Queue an event; never blocks, never raises."""
         try:

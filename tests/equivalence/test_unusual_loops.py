@@ -249,3 +249,29 @@ def test_a_sampler_that_counts_for_itself_is_named(tmp_path: Path, stop_at: int)
     start(loop, tmp_path, stop_at=stop_at - 1)
     with pytest.warns(InexactResumeWarning, match="Counter.passes"):
         start(loop, tmp_path)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared-generator", "generator-made-anew"])
+@pytest.mark.parametrize("stop_at", [1, 3, 4, 5, 6, 8, 9])
+def test_a_loader_made_anew_in_each_epoch_from_one_seed(tmp_path: Path, shared: bool, stop_at: int) -> None:
+    def loop(script: Script) -> None:
+        generator = seeded(5)
+        for _ in script.guard.epochs(4):
+            data = DataLoader(Numbers(), 4, shuffle=True, generator=generator if shared else seeded(5))
+            for batch in script.guard.batches(data):
+                script.step(batch)
+
+    start(loop, tmp_path / "untouched")
+    assert start(loop, tmp_path / "run", stop_at)[1]
+    start(loop, tmp_path / "run")
+    assert first_difference(final_state(tmp_path / "untouched"), final_state(tmp_path / "run")) is None
+
+
+def test_loaders_made_anew_are_let_go_of(tmp_path: Path) -> None:
+    script = Script(tmp_path, None)
+    with script.guard as guard:
+        for _ in guard.epochs(6):
+            for batch in guard.batches(loader(5)):
+                script.step(batch)
+        assert len(guard._tracker.state()["loaders"]) <= 1
+        assert len(guard._tracker._births) <= 2

@@ -366,3 +366,14 @@ def test_the_error_ends_a_script_with_its_advice_and_status_1(tmp_path: Path) ->
     run_ = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert run_.returncode == 1
     assert "ConfigError: uri='ftp://x': scheme 'ftp' is not known" in run_.stderr
+
+
+def test_members_without_a_name() -> None:
+    with pytest.raises(ConfigError, match=r"TrainState\(model=model"):
+        TrainState(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("metrics", [0.3, {"loss": "abc"}, {"loss": None}])
+def test_metrics_that_are_no_numbers(metrics: Any, tmp_path: Path) -> None:
+    with SpotGuard(tmp_path, state()) as guard, pytest.raises(ConfigError, match=r"save\(metrics=.*val_loss"):
+        guard.save(metrics=metrics)

@@ -60,7 +60,7 @@ def test_preempted_is_an_exit_with_a_status_that_is_not_zero() -> None:
     assert (exit_.code, exit_.checkpoint, exit_.reason) == (143, "0001-0000000420", "SIGTERM")
     assert "0001-0000000420" in str(exit_)
     assert "SIGTERM" in str(exit_)
-    assert "nothing had been trained" in str(Preempted(None, reason="SIGTERM"))
+    assert "no checkpoint is committed" in str(Preempted(None, reason="SIGTERM"))
 
 
 def test_config_errors_are_value_errors() -> None:

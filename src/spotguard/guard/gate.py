@@ -6,19 +6,21 @@ protocol is one JSON line each way. Outside of a rehearsal none of this exists.
 
 import contextlib
 import json
+import os
 import socket
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from spotguard.errors import ConfigError
-from spotguard.stores import ObjectStore, ObjectWriter
+from spotguard.guard.console import say
+from spotguard.stores import ObjectStore, ObjectWriter, open_store
 from spotguard.stores.base import ObjectInfo
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["Gate", "gated"]
+__all__ = ["Gate", "gated", "join_rehearsal"]
 
 
 class Gate:
@@ -88,3 +90,21 @@ def gated(store: ObjectStore, gate: Gate) -> ObjectStore:
 
     store_under_rehearsal: ObjectStore = GatedStore()
     return store_under_rehearsal
+
+
+def join_rehearsal(path: str, store: ObjectStore) -> tuple[Gate, ObjectStore, int | None]:
+    """Ask the rehearsal where to keep the run.
+
+    Args:
+        path: Its socket.
+        store: Where the script wants to keep it.
+
+    Returns:
+        The line to the rehearsal, the store to use, and after how many steps to save; None to leave that to the script.
+    """
+    gate = Gate(path)
+    answer = gate.ask("hello", pid=os.getpid(), uri=store.uri)
+    elsewhere = gated(open_store(answer["uri"]), gate)
+    say(f"this is a rehearsal: checkpoints go to {elsewhere.uri}")
+    every = answer.get("every")
+    return gate, elsewhere, None if every is None else int(every)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from spotguard.checkpoint import Manifest
-from spotguard.errors import InexactResumeWarning
+from spotguard.errors import InexactResumeWarning, StateMismatchError
 from spotguard.events import CandidateRejected, Event, FreshStart, InexactResume
 from spotguard.guard.console import say
 from spotguard.guard.gate import Gate
@@ -77,6 +77,11 @@ class Restorer:
             if self._gate is not None:
                 self._gate.ask("fresh", rng={name: fingerprint(value) for name, value in capture_rng().items()})
             return None
+        if RANK not in resolution.loaded:
+            raise StateMismatchError(
+                f"checkpoint {checkpoint.id} was saved by CheckpointStore.save(), which knows nothing of a loop to go on with. "
+                "Load its members yourself, and give SpotGuard a new URI"
+            )
         self._payload = resolution.loaded
         local = self._payload[RANK]
         # A copy: optimizers take over the very tensors they are given, and code on the way to the place must not change the original.

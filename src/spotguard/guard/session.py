@@ -18,7 +18,7 @@ import os
 import time
 import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from spotguard._time import format_seconds
 from spotguard.checkpoint import Manifest
@@ -38,7 +38,7 @@ from spotguard.events import (
 from spotguard.guard.batches import Batches, length_of, rng_put_back
 from spotguard.guard.console import say
 from spotguard.guard.event_log import EventLog
-from spotguard.guard.gate import Gate, gated
+from spotguard.guard.gate import Gate, join_rehearsal
 from spotguard.guard.options import read_options, refuse_several_ranks
 from spotguard.guard.restorer import Restorer
 from spotguard.guard.saver import RANK, Place, Saver
@@ -50,7 +50,7 @@ from spotguard.policies import RetentionPolicy, SavePolicy, as_save_policy
 from spotguard.state.data import DataTracker
 from spotguard.state.rng import is_generator
 from spotguard.state.train_state import TrainState
-from spotguard.stores import ObjectRef, open_store
+from spotguard.stores import ObjectRef
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -129,8 +129,6 @@ class SpotGuard:
         self._entered, self._used = False, False
         self._cleanup = contextlib.ExitStack()
 
-    # -- the loop --------------------------------------------------------------------------------------------------------------
-
     def epochs(self, total: int) -> Iterator[int]:
         """Epoch numbers, from the restored one to ``total - 1``.
 
@@ -181,7 +179,12 @@ class SpotGuard:
         Behind the inner loop, after a validation say, that is the end of the epoch: the checkpoint then holds what that code did.
         """
         self._check_entered("save")
-        asked = {name: float(value) for name, value in (metrics or {}).items()}
+        try:
+            asked = {str(name): float(value) for name, value in dict(metrics or {}).items()}
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"save(metrics={metrics!r}): write names and numbers, as in {{'val_loss': 0.3}}"
+            ) from error
         self._saver.requested = {**(self._saver.requested or {}), **asked}
         self._alert = True
 
@@ -196,8 +199,6 @@ class SpotGuard:
         last = self._writer.last if hasattr(self, "_writer") else None  # there is none before the start
         return Checkpoint(self._store, last) if last else None
 
-    # -- start and end ---------------------------------------------------------------------------------------------------------
-
     def __enter__(self) -> "Self":
         if self._used:
             raise ConfigError("this SpotGuard has been entered before; make a new one for each run of the loop")
@@ -211,10 +212,8 @@ class SpotGuard:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._entered = False
-        if (
-            os.getpid() != self._pid
-        ):  # a forked child leaves by the same door, without the threads: the run is its parent's
-            self._cleanup.pop_all()
+        if os.getpid() != self._pid:
+            self._cleanup.pop_all()  # a forked child leaves by the same door, without the threads: the run is its parent's
             return
         with self._cleanup:
             if kind is None and self._preempted:
@@ -230,9 +229,17 @@ class SpotGuard:
         self._signals = SignalSource(repeat_s=self._options.settings.repeat_s, on_record=self._raise_alert)
         self._signals.install()
         self._cleanup.callback(self._signals.restore)
+        self._bus = EventBus([self._on_event] if self._on_event else [])
+        self._cleanup.callback(self._bus.close)
+        self._watcher = NoticeWatcher(self._on_notice)
+        self._cleanup.callback(self._watcher.close)
+        for source in (self._signals, *self._options.sources):
+            self._watcher.watch(source)  # from here on: reading a checkpoint can take minutes
         self._options.state.check()
         if self._options.settings.rehearsal:
-            self._join_rehearsal(self._options.settings.rehearsal)
+            self._gate, self._store, every = join_rehearsal(self._options.settings.rehearsal, self._store)
+            self._cleanup.callback(self._gate.close)
+            self._policy = self._policy if every is None else as_save_policy(every)
         if self._store.uri in _open_runs:
             raise ConfigError(
                 f"uri={self._store.uri!r} is guarded by another SpotGuard of this process; give each run a URI of its own"
@@ -244,9 +251,7 @@ class SpotGuard:
             claim = claim_attempt(self._store)
         except StoreAccessError as error:
             raise ConfigError(f"uri={self._store.uri!r} cannot be written to: {error}") from error
-        hooks: list[EventHook] = [EventLog(self._store, claim.attempt)]
-        self._bus = EventBus([*hooks, *([self._on_event] if self._on_event else [])])
-        self._cleanup.callback(self._bus.close)
+        self._bus.add(EventLog(self._store, claim.attempt))
         self._publish(AttemptClaimed(attempt=claim.attempt, parent=claim.parent, uri=self._store.uri))
         resumed = self._resume(run.run_id, claim.attempt, began)
         self._writer = Writer(
@@ -258,12 +263,11 @@ class SpotGuard:
             resumed=resumed,
         )
         self._cleanup.callback(self._writer.close, _PATIENCE)
-        polling = PollingSource("request", self._stop_requested, self._options.settings.poll_s)
-        self._watcher = NoticeWatcher([self._signals, polling, *self._options.sources], self._on_notice)
-        self._watcher.start()
-        self._cleanup.callback(self._watcher.close)
+        self._watcher.watch(PollingSource("request", self._stop_requested, self._options.settings.poll_s))
         self._saver = Saver(self._writer, self._policy, trees=self._trees, publish=self._publish, gate=self._gate)
         self._saver.plan(self.step)
+        if (notice := self._notice()) is not None:  # it came while we were getting ready: there is nothing to save
+            self._leave(notice, began)
 
     def _resume(self, run_id: str, attempt: int, began: float) -> Manifest | None:
         self._restorer = Restorer(self._options.state, self._publish, self._gate)
@@ -281,16 +285,6 @@ class SpotGuard:
         )
         return manifest
 
-    def _join_rehearsal(self, path: str) -> None:
-        self._gate = Gate(path)
-        self._cleanup.callback(self._gate.close)
-        answer = self._gate.ask("hello", pid=os.getpid(), uri=self._store.uri)
-        self._store = gated(open_store(answer["uri"]), self._gate)
-        if answer.get("every"):
-            self._policy = as_save_policy(int(answer["every"]))
-        self._alert = True
-        say(f"this is a rehearsal: checkpoints go to {self._store.uri}")
-
     def _finish(self) -> None:
         self._close_pass()
         if not (self._finished and self._boundaries == 0):
@@ -299,6 +293,8 @@ class SpotGuard:
                 self._tracker.new_epoch()
             if self._boundaries or self._writer.last is None:
                 self._saver.save_and_wait("saving the finished run", self._place(), finished=True)
+                if self._writer.fenced is not None:
+                    raise self._writer.fenced
                 if self._writer.error is not None:
                     raise SaveError(
                         f"the final checkpoint of the finished run could not be saved: {self._writer.error}. "
@@ -309,8 +305,6 @@ class SpotGuard:
         say(f"finished at step {self.step}" + (f", checkpoint {last.id}" if last else ""))
         if self._gate is not None:
             self._gate.ask("finished", step=self.step, checkpoint=last.id if last else None)
-
-    # -- boundaries ------------------------------------------------------------------------------------------------------------
 
     def _epochs(self, total: int) -> Iterator[int]:
         if self._is_finished(total, "epochs"):
@@ -338,6 +332,7 @@ class SpotGuard:
         if self._driver == "step_done":
             raise ConfigError("batches(): guard.step_done() counts the steps already; remove one of the two")
         if self._finished:
+            self._is_finished(self._finished_total, "epochs or steps")
             return
         by_steps = self._driver == "steps"
         tracker, saver = self._tracker, self._saver
@@ -436,7 +431,7 @@ class SpotGuard:
             self._saver.prepare()
         if self._writer.fenced is not None:
             raise self._writer.fenced
-        if (notice := self._watcher.notice or self._signals.recorded()) is not None:
+        if (notice := self._notice()) is not None:
             self._stop(notice)
         if self._writer.failures >= self._options.settings.max_failures:
             raise SaveError(
@@ -449,8 +444,13 @@ class SpotGuard:
         began = time.monotonic()
         say(f"{notice.detail}: stopping at step {self.step}")
         self._saver.save_and_wait("saving before the stop", self._place())
+        if self._writer.fenced is not None:
+            raise self._writer.fenced  # to be started again would take the run away from whoever has it now
         if self._writer.error is not None:
             say(f"the final save failed: {self._writer.error}")
+        self._leave(notice, began)
+
+    def _leave(self, notice: PreemptionNotice, began: float) -> NoReturn:
         if notice.kind == "request" and self._writer.error is None:
             with contextlib.suppress(OSError):
                 self._store.delete([ObjectRef(STOP)])
@@ -476,8 +476,6 @@ class SpotGuard:
             RANK: {**self._options.state.local(), "data": self._tracker.state(), "progress": progress},
         }
 
-    # -- what other threads and the signal handler call ----------------------------------------------------------------
-
     def _raise_alert(self) -> None:
         self._alert = True
 
@@ -489,6 +487,9 @@ class SpotGuard:
     def _on_notice(self, notice: PreemptionNotice) -> None:
         self._alert = True
         self._publish(NoticeReceived(source=notice.source, kind=notice.kind, detail=notice.detail))
+
+    def _notice(self) -> PreemptionNotice | None:
+        return self._watcher.notice or self._signals.recorded()
 
     def _stop_requested(self) -> str | None:
         return None if self._store.stat(STOP) is None else "a request to stop"

@@ -114,7 +114,8 @@ class SignalSource:
 
     def wake(self) -> None:
         """Make `watch` look at its stop event now."""
-        self._writer.send(_WAKE)
+        with contextlib.suppress(OSError):  # full: then there is enough to read
+            self._writer.send(_WAKE)
 
     def _arrived(self, number: signal.Signals, emit: Callable[[PreemptionNotice], None]) -> None:
         now = time.monotonic()

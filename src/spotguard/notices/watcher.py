@@ -3,7 +3,7 @@
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from spotguard.notices.base import NoticeSource, PreemptionNotice, Wakeable
 
@@ -16,28 +16,26 @@ class NoticeWatcher:
     """One slot for notices: the earliest deadline wins; without deadlines, the first.
 
     Args:
-        sources: Watched from `start` to `close`.
         on_notice: Called for each notice, from the thread of its source.
 
     Attributes:
         notice: The notice that matters now, or None. Reading it is all that a step pays.
     """
 
-    def __init__(self, sources: Sequence[NoticeSource], on_notice: Callable[[PreemptionNotice], None]) -> None:
+    def __init__(self, on_notice: Callable[[PreemptionNotice], None]) -> None:
         self.notice: PreemptionNotice | None = None
-        self._sources = sources
         self._on_notice = on_notice
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._threads = [
-            threading.Thread(target=self._watch, args=(source,), name=f"spotguard-{source.name}", daemon=True)
-            for source in sources
-        ]
+        self._sources: list[NoticeSource] = []
+        self._threads: list[threading.Thread] = []
 
-    def start(self) -> None:
-        """Begin to watch."""
-        for thread in self._threads:
-            thread.start()
+    def watch(self, source: NoticeSource) -> None:
+        """Begin to watch a source, until `close`."""
+        self._sources.append(source)
+        name = f"spotguard-{source.name}"
+        self._threads.append(threading.Thread(target=self._watch, args=(source,), name=name, daemon=True))
+        self._threads[-1].start()
 
     def close(self, timeout: float = 5.0) -> None:
         """Stop watching; waits up to `timeout` seconds for each source."""

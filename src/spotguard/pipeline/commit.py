@@ -105,6 +105,12 @@ def check_fence(store: ObjectStore, attempt: int) -> None:
     """
     claimed = [parse_claim_key(info.key) or 0 for info in retried(lambda: list(store.list(ATTEMPTS)))]
     newest = max(claimed, default=0)
+    if attempt not in claimed:
+        raise FencedError(
+            f"the claim of this attempt, {store.uri}/{claim_key(attempt)}, is gone: the run was moved or deleted while it was "
+            "being trained. "
+            "Bring the directory back and start again"
+        )
     if newest > attempt:
         raise FencedError(
             f"attempt {newest} has taken over {store.uri}, this process is attempt {attempt} and must not write to it any more. "

@@ -43,7 +43,10 @@ class DataTracker:
         self._passes = 0
         self._loaders: dict[int, TrackedLoader] = {}  # by the place of its record
         self._births: list[tuple[Any, str]] = []
-        self._saved: list[dict[str, Any]] = []
+        self._saved: dict[int, dict[str, Any]] = {}
+        self._next = 0
+        self._gone: set[str] = set()  # looks of loaders that the user has let go of
+        self._remade: set[str] = set()  # looks of loaders that are made anew, generators and all, from time to time
         self._target: dict[str, Any] | None = None
         self._open: int | None = None
         self._start: dict[str, Any] = {}
@@ -55,7 +58,8 @@ class DataTracker:
 
     def load(self, saved: DataState) -> None:
         """Take what a checkpoint says; the loop comes to that place by calling `iterate`."""
-        self._saved, self._target = saved["loaders"], saved["open"]
+        self._saved, self._target = dict(enumerate(saved["loaders"])), saved["open"]
+        self._next, self._remade = len(self._saved), set(saved["remade"])
         self._passes = 0 if self._target is not None else saved["passes"]
 
     def new_epoch(self) -> None:
@@ -87,6 +91,7 @@ class DataTracker:
             )
         if seek and self._target is not None and len(self._saved) == 1:
             self._passes = self._target["pass"]
+        self._forget_dead()
         index = self._index_of(loader)
         number, self._passes = self._passes, self._passes + 1
         if self._target is not None:
@@ -105,24 +110,31 @@ class DataTracker:
 
     def state(self) -> DataState:
         """Where the loop is, seen at a step boundary."""
+        self._forget_dead()
+        places = sorted({*self._saved, *self._loaders})
         opened = None
         if self._open is not None:
             tracked = self._loaders[self._open]
             opened = {
                 "pass": self._passes - 1,
-                "index": self._open,
+                "index": places.index(self._open),
                 "batch": self.batch,
                 "start": self._start,
                 **tracked.record(),
             }
             if tracked.stateful:
                 opened["state"] = tracked.own_state()
-        return {"passes": self._passes, "loaders": self._records(), "open": opened}
+        records = [self._loaders[place].record() if place in self._loaders else self._saved[place] for place in places]
+        return {"passes": self._passes, "loaders": records, "open": opened, "remade": sorted(self._remade)}
 
-    def _records(self) -> list[dict[str, Any]]:
-        records = dict(enumerate(self._saved))
-        records.update((index, tracked.record()) for index, tracked in self._loaders.items())
-        return [records[index] for index in range(len(records))]
+    def _forget_dead(self) -> None:
+        """Let go of loaders that the user has let go of: a loop that makes one in each epoch must not keep them all, or their workers."""
+        for index in [index for index, tracked in self._loaders.items() if tracked.loader is None]:
+            tracked = self._loaders.pop(index)
+            self._saved.pop(index, None)
+            self._gone.add(tracked.look)
+            if tracked.look in self._remade:
+                self._births[:] = [item for item in self._births if not tracked.draws_from(item[0])]
 
     def _index_of(self, loader: Any) -> int:
         for index, tracked in self._loaders.items():
@@ -131,6 +143,8 @@ class DataTracker:
                 return index
         tracked = TrackedLoader(loader, self._known, self._births)
         tracked.number = self._passes
+        if tracked.fresh and tracked.look in self._gone:
+            self._remade.add(tracked.look)
         arriving = self._target is not None and self._passes == self._target["pass"]
         index = self._target["index"] if self._target and arriving else self._recognize(tracked)
         self._loaders[index] = tracked
@@ -142,10 +156,13 @@ class DataTracker:
         The order of first use does not tell: the epoch that goes on may begin with another loader than the first epoch did. What does is
         what the loader looks like and where its generators began, which the same script makes the same at each start.
         """
-        free = [index for index in range(len(self._saved)) if index not in self._loaders]
+        place, self._next = self._next, self._next + 1
+        if tracked.look in self._remade:
+            return place  # it begins as it is made, whatever became of the one before it
+        free = [index for index in self._saved if index not in self._loaders]
         alike = [index for index in free if not differences(tracked.loader, self._saved[index]["loader"])]
         if not free:
-            return len(self._records())
+            return place
         if not alike:
             check_loader(tracked.loader, self._saved[free[0]]["loader"])
         same = [index for index in alike if self._saved[index]["births"] == tracked.births]
@@ -155,7 +172,7 @@ class DataTracker:
                     f"the generator of a {type(tracked.loader).__name__} began in another state than at the start before. It is left as it "
                     "is, which is right for a loader that is made anew in each epoch. If it is made once, seed it with a fixed number"
                 )
-            return len(self._records())
+            return place
         same = [index for index in same if self._saved[index]["number"] == tracked.number] or same
         if len({fingerprint([self._saved[index]["generators"], self._saved[index]["live"]]) for index in same}) > 1:
             warn_inexact(

@@ -5,6 +5,7 @@ import functools
 import itertools
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -31,13 +32,18 @@ class TrackedLoader:
 
     Attributes:
         births: Those of its own: the same at each start of the same script.
+        look: What it looked like when it was first seen, births included, in short.
+        fresh: No loader before it drew from its generators.
         number: Number of its latest pass within the epoch.
         indexed: It is a plain loader over a map-style dataset, which can be resumed by index.
         stateful: It keeps its own position, such as torchdata's StatefulDataLoader.
     """
 
     def __init__(self, loader: Any, known: tuple[Any, ...], births: list[tuple[Any, str]]) -> None:
-        self.loader = loader
+        try:
+            self._reference: Callable[[], Any] = weakref.ref(loader)
+        except TypeError:  # a list, say
+            self._reference = lambda: loader
         self.stateful = callable(getattr(loader, "state_dict", None)) and callable(
             getattr(loader, "load_state_dict", None)
         )
@@ -48,13 +54,25 @@ class TrackedLoader:
         self._generators = generators_of(loader)
         self._clone: Any = None
         self.number = 0
+        seen_before = [generator for generator, _ in births]
+        self.fresh = not any(mine is other for mine in self._generators for other in seen_before)
         self.births = [_birth(generator, known, births) for generator in self._generators]
+        self.look = fingerprint([describe_loader(loader), self._persistent, self.births])
         hidden = hidden_generators(loader, (*known, *self._generators), known, in_workers=self.workers > 0)
         if hidden:
             warn_inexact(
                 f"the data come by generators that nobody saves ({', '.join(hidden)}). Draw from the global "
                 "generators, or, with num_workers=0, make the generator a member: TrainState(..., data_rng=generator)"
             )
+
+    @property
+    def loader(self) -> Any:
+        """The user's loader; None once the user has let go of it."""
+        return self._reference()
+
+    def draws_from(self, generator: Any) -> bool:
+        """Whether this generator is one of its own."""
+        return any(generator is mine for mine in self._generators)
 
     @property
     def live(self) -> bool:

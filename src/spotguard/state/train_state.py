@@ -62,7 +62,11 @@ class TrainState:
         ['model', 'optimizer']
     """
 
-    def __init__(self, **members: Any) -> None:
+    def __init__(self, *unnamed: Any, **members: Any) -> None:
+        if unnamed:
+            raise ConfigError(
+                "TrainState(model, ...): members have names, as in TrainState(model=model, optimizer=optimizer)"
+            )
         self.members: dict[str, Any] = {}
         self._stateful: dict[str, Stateful] = {}
         for name, value in members.items():
