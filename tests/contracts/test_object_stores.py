@@ -1,7 +1,5 @@
 """The contract of `ObjectStore` over every store of ours, and what only a directory can get wrong."""
 
-# ruff: noqa: PT012 - the block that is left by an exception is what is tested
-
 import errno
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Handlers that were there before: called, and put back on every way out. Real signals, to this very process."""
 
-# ruff: noqa: PT012 - the loop that is left by an exception is what is tested
-
 import os
 import select
 import signal

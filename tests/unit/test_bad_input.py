@@ -1,7 +1,5 @@
 """What a user gets wrong is said at once: which argument, and what to do."""
 
-# ruff: noqa: PT012 - the loop that is left by an exception is what is tested
-
 import subprocess
 import sys
 import threading

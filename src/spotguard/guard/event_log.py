@@ -3,7 +3,7 @@
 import logging
 
 from spotguard.checkpoint.layout import event_key
-from spotguard.events import CheckpointCommitted, Event, SaveStarted
+from spotguard.events import CheckpointCommitted, Event, SaveSkipped, SaveStarted
 from spotguard.pipeline.objects import write_object
 from spotguard.stores import ObjectStore
 
@@ -32,7 +32,7 @@ class EventLog:
     def __call__(self, event: Event) -> None:
         """Take an event, and write where that is due."""
         self._lines.append(event.to_json())
-        if not isinstance(event, SaveStarted):  # its commit, or its failure, follows
+        if not isinstance(event, (SaveStarted, SaveSkipped)):  # a commit, or a failure, follows
             self._write()
         if len(self._lines) >= _SEGMENT and isinstance(event, CheckpointCommitted):
             self._segment, self._lines = self._segment + 1, []

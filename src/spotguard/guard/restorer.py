@@ -101,13 +101,13 @@ class Restorer:
     def arrive(self) -> None:
         """The loop has come to the place of the checkpoint: whatever ran on the way, the state is now that of the checkpoint."""
         if self._payload is not None:
-            self._apply(self._payload)
+            self._apply(self._payload, compare=False)
             self._payload = None
 
     def forget(self) -> None:
         """The loop keeps its own counters; there is no place to arrive at."""
         self._payload = None
 
-    def _apply(self, payload: dict[str, Any]) -> list[str]:
+    def _apply(self, payload: dict[str, Any], *, compare: bool = True) -> list[str]:
         members = {name: tree for name, tree in payload.items() if name != RANK}
-        return self._state.load_members(members) + self._state.load_local(payload[RANK])
+        return self._state.load_members(members, compare=compare) + self._state.load_local(payload[RANK])

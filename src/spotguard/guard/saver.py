@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from spotguard.checkpoint.layout import rank_name
+from spotguard.errors import SaveError
 from spotguard.events import Event, SaveSkipped, SaveStarted
 from spotguard.guard.gate import Gate
 from spotguard.guard.meter import Meter
@@ -101,6 +102,22 @@ class Saver:
                 self._writer.drain()
             if self._writer.error is None or self._writer.fenced is not None:
                 return
+
+    def save_finished(self, place: Place) -> None:
+        """Commit the end of the run.
+
+        Raises:
+            SaveError: It could not be saved.
+            FencedError: A later attempt has taken over.
+        """
+        self.save_and_wait("saving the finished run", place, finished=True)
+        if self._writer.fenced is not None:
+            raise self._writer.fenced
+        if self._writer.error is not None:
+            raise SaveError(
+                f"the final checkpoint of the finished run could not be saved: {self._writer.error}. "
+                "The last committed one stands; mend the cause and start again to redo the rest"
+            ) from self._writer.error
 
     def snapshot(self, place: Place, *, finished: bool = False, progress: Callable[[int], None] | None = None) -> None:
         """Copy the state into the kept buffers, hand them to the writer, and let the loop go on."""

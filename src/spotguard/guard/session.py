@@ -292,14 +292,8 @@ class SpotGuard:
                 self.epoch, self._in_epoch = self.epoch + 1, False
                 self._tracker.new_epoch()
             if self._boundaries or self._writer.last is None:
-                self._saver.save_and_wait("saving the finished run", self._place(), finished=True)
-                if self._writer.fenced is not None:
-                    raise self._writer.fenced
-                if self._writer.error is not None:
-                    raise SaveError(
-                        f"the final checkpoint of the finished run could not be saved: {self._writer.error}. "
-                        "The last committed one stands; mend the cause and start again to redo the rest"
-                    ) from self._writer.error
+                self._saver.save_finished(self._place())
+        self._take_request_away()
         last = self.checkpoint
         self._publish(RunFinished(checkpoint=last.id if last else None, step=self.step))
         say(f"finished at step {self.step}" + (f", checkpoint {last.id}" if last else ""))
@@ -451,9 +445,8 @@ class SpotGuard:
         self._leave(notice, began)
 
     def _leave(self, notice: PreemptionNotice, began: float) -> NoReturn:
-        if notice.kind == "request" and self._writer.error is None:
-            with contextlib.suppress(OSError):
-                self._store.delete([ObjectRef(STOP)])
+        if self._writer.error is None:
+            self._take_request_away()
         last = self.checkpoint
         identity, seconds = last.id if last else None, time.monotonic() - began
         self._publish(Stopped(checkpoint=identity, step=self.step, reason=notice.detail, seconds=seconds))
@@ -487,6 +480,11 @@ class SpotGuard:
     def _on_notice(self, notice: PreemptionNotice) -> None:
         self._alert = True
         self._publish(NoticeReceived(source=notice.source, kind=notice.kind, detail=notice.detail))
+
+    def _take_request_away(self) -> None:
+        """A request to stop is met by any stop, and by the end of the run; the next start must not obey it."""
+        with contextlib.suppress(OSError):
+            self._store.delete([ObjectRef(STOP)])
 
     def _notice(self) -> PreemptionNotice | None:
         return self._watcher.notice or self._signals.recorded()

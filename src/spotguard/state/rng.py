@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["RngState", "capture_rng", "decode_generator", "encode_generator", "is_generator", "restore_rng"]
+__all__ = [
+    "RngState",
+    "capture_rng",
+    "decode_generator",
+    "encode_generator",
+    "is_generator",
+    "restore_rng",
+    "unsaved_device",
+]
 
 RngState = dict[str, Any]
 
@@ -52,6 +60,12 @@ def restore_rng(state: RngState) -> list[str]:
         if found != len(state["cuda"]):
             missing.append(f"the CUDA generators ({len(state['cuda'])} devices were saved, {found} are here)")
     return missing
+
+
+def unsaved_device() -> str | None:
+    """Kind of the accelerator here whose generators this release neither saves nor restores; None when there is none."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return None if accelerator is None or accelerator.type == "cuda" else accelerator.type
 
 
 def is_generator(value: object) -> bool:

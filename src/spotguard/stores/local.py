@@ -118,7 +118,8 @@ class LocalObjectStore:
                 with _translated(final):
                     self._fs.fsync(descriptor)
             finally:
-                self._fs.close(descriptor)
+                with _translated(final):  # over a network the quota may speak up only here
+                    self._fs.close(descriptor)
             check_deadline(deadline, key)
             with _translated(final):
                 if exclusive:
