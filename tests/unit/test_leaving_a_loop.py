@@ -95,3 +95,13 @@ def test_a_forked_child_that_leaves_the_block_leaves_the_run_to_its_parent(tmp_p
                 os._exit(17)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 17
     assert [checkpoint.step for checkpoint in CheckpointStore(tmp_path).list()] == [1, 2]
+
+
+def test_a_request_to_stop_that_came_too_late_does_not_stop_the_next_start(tmp_path: Path) -> None:
+    with SpotGuard(tmp_path, TrainState(model=torch.nn.Linear(1, 1))) as guard:
+        for step in guard.steps(1):
+            assert step == 0
+            (tmp_path / "stop").touch()
+    assert not (tmp_path / "stop").exists()
+    with SpotGuard(tmp_path, TrainState(model=torch.nn.Linear(1, 1))) as guard:
+        assert list(guard.steps(3)) == [1, 2]
