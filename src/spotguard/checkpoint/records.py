@@ -8,13 +8,15 @@ import datetime as dt
 import hashlib
 import json
 import math
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
-from typing_extensions import Self
 
 from spotguard.checkpoint.layout import CheckpointId
 from spotguard.errors import CheckpointDamagedError, FormatTooNewError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["FORMAT", "Claim", "Manifest", "Record", "RunRecord", "ShardRecord"]
 
@@ -40,7 +42,7 @@ class Record(BaseModel):
         return _canonical({**fields, "sha256": hashlib.sha256(_canonical(fields)).hexdigest()})
 
     @classmethod
-    def from_bytes(cls, data: bytes, *, key: str) -> Self:
+    def from_bytes(cls, data: bytes, *, key: str) -> "Self":
         """Parse and verify.
 
         Args:
