@@ -153,5 +153,6 @@ class Writer:
         if isinstance(error, FencedError):
             self.fenced = error
         self.failures += 1
-        logger.error("save at step %d failed (%d in a row): %s", step, self.failures, error, exc_info=error)
+        logger.error("save at step %d failed (%d in a row): %s", step, self.failures, error)
+        logger.debug("where it failed", exc_info=error)
         self._publish(SaveFailed(step=step, error=f"{type(error).__name__}: {error}", in_a_row=self.failures))
