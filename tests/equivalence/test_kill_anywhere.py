@@ -41,7 +41,7 @@ def finish(case: Case, folder: Path) -> None:
 @pytest.mark.parametrize("case", GRID, ids=str)
 def test_sigkill_at_every_boundary(case: Case, tmp_path: Path) -> None:
     untouched, ticks = untouched_run(case, tmp_path)
-    for tick in range(0, ticks, 1 if case.workers == 0 else 2):
+    for tick in range(ticks):
         folder = tmp_path / f"kill-{tick}"
         assert run_once(case, folder, kill_at=tick) == -signal.SIGKILL, (folder / "stderr.txt").read_text()
         finish(case, folder)
