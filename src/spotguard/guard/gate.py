@@ -10,8 +10,9 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
+from spotguard.checkpoint.layout import CHECKPOINTS, MANIFESTS
 from spotguard.errors import ConfigError
 from spotguard.guard.console import say
 from spotguard.stores import ObjectStore, ObjectWriter, open_store
@@ -71,25 +72,29 @@ class _GatedWriter:
         return done + self._writer.write(view[half:])
 
 
-def gated(store: ObjectStore, gate: Gate) -> ObjectStore:
-    """The same store, asking in the middle of each object of a checkpoint and before it becomes visible."""
+class _GatedStore:
+    """Everything but `create` is the store's own."""
 
-    class GatedStore(type(store)):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self.__dict__.update(store.__dict__)
+    def __init__(self, store: ObjectStore, gate: Gate) -> None:
+        self._store, self._gate = store, gate
 
-        @contextlib.contextmanager
-        def create(self, key: str, *, exclusive: bool = False, deadline: float | None = None) -> Iterator[Any]:
-            with super().create(key, exclusive=exclusive, deadline=deadline) as writer:
-                watched = key.startswith(("checkpoints/", "manifests/"))
-                yield _GatedWriter(writer, gate, key) if watched else writer
-                if watched:
-                    gate.ask("publish", key=key)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    @contextlib.contextmanager
+    def create(self, key: str, *, exclusive: bool = False, deadline: float | None = None) -> Iterator[Any]:
+        watched = key.startswith((CHECKPOINTS, MANIFESTS))
+        with self._store.create(key, exclusive=exclusive, deadline=deadline) as writer:
+            yield _GatedWriter(writer, self._gate, key) if watched else writer
             if watched:
-                gate.ask("published", key=key)
+                self._gate.ask("publish", key=key)
+        if watched:
+            self._gate.ask("published", key=key)
 
-    store_under_rehearsal: ObjectStore = GatedStore()
-    return store_under_rehearsal
+
+def gated(store: ObjectStore, gate: Gate) -> ObjectStore:
+    """The same store, asking in the middle of each object of a checkpoint, before it becomes visible, and once it is."""
+    return cast("ObjectStore", _GatedStore(store, gate))
 
 
 def join_rehearsal(path: str, store: ObjectStore) -> tuple[Gate, ObjectStore, int | None]:
