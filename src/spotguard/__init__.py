@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spotguard.checkpoint.records import Manifest
     from spotguard.errors import Preempted, SpotguardError
-    from spotguard.guard.session import SpotGuard
+    from spotguard.guard.spot_guard import SpotGuard
     from spotguard.notices.base import NoticeSource, PreemptionNotice
     from spotguard.pipeline.checkpoint import Checkpoint
     from spotguard.pipeline.checkpoint_store import CheckpointStore, LocalCheckpointStore
     from spotguard.policies.retention import KeepAll, KeepBest, KeepNewest, KeepYoungerThan
-    from spotguard.policies.save import AutoInterval, EverySeconds, EverySteps
+    from spotguard.policies.save import AutoInterval, EveryEpochs, EverySeconds, EverySteps
     from spotguard.state.train_state import TrainState
 
 __all__ = [
     "AutoInterval",
     "Checkpoint",
     "CheckpointStore",
+    "EveryEpochs",
     "EverySeconds",
     "EverySteps",
     "KeepAll",
@@ -41,6 +42,7 @@ _HOME = {
     "AutoInterval": "policies.save",
     "Checkpoint": "pipeline.checkpoint",
     "CheckpointStore": "pipeline.checkpoint_store",
+    "EveryEpochs": "policies.save",
     "EverySeconds": "policies.save",
     "EverySteps": "policies.save",
     "KeepAll": "policies.retention",
@@ -52,7 +54,7 @@ _HOME = {
     "NoticeSource": "notices.base",
     "Preempted": "errors",
     "PreemptionNotice": "notices.base",
-    "SpotGuard": "guard.session",
+    "SpotGuard": "guard.spot_guard",
     "SpotguardError": "errors",
     "TrainState": "state.train_state",
 }

@@ -18,6 +18,7 @@
     |   +-- FormatTooNewError (RuntimeError)         written by a later release of spotguard
     +-- SaveError (RuntimeError)                     several saves in a row failed
     +-- FencedError (RuntimeError)                   a later attempt has taken over the run
+    +-- MissingExtraError (ImportError)              an adapter's framework is not installed, or not in a release that is known
 
     Preempted (SystemExit)                           the final checkpoint is committed; leave with a code that is not 0
 
@@ -33,6 +34,7 @@ __all__ = [
     "FencedError",
     "FormatTooNewError",
     "InexactResumeWarning",
+    "MissingExtraError",
     "NoUsableCheckpointError",
     "ObjectExistsError",
     "ObjectNotFoundError",
@@ -108,6 +110,22 @@ class SaveError(SpotguardError, RuntimeError):
 
 class FencedError(SpotguardError, RuntimeError):
     """A later attempt has claimed this run; this process must not write to it any more."""
+
+
+class MissingExtraError(SpotguardError, ImportError):
+    """An adapter needs a package that is not there, or is there in a release that it was not made for.
+
+    Args:
+        extra: Name of the extra that brings it.
+        what: What is wrong.
+
+    Example:
+        >>> print(MissingExtraError("lightning", "pytorch_lightning is not installed"))
+        pytorch_lightning is not installed: pip install 'spotguard[lightning]'
+    """
+
+    def __init__(self, extra: str, what: str) -> None:
+        super().__init__(f"{what}: pip install 'spotguard[{extra}]'")
 
 
 class InexactResumeWarning(UserWarning):

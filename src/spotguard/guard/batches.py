@@ -3,9 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from spotguard.state.rng import capture_rng, restore_rng
-
-__all__ = ["Batches", "length_of", "rng_put_back"]
+__all__ = ["Batches", "length_of"]
 
 
 class Batches:
@@ -27,9 +25,3 @@ def length_of(loader: Any) -> int | None:
         return len(loader)
     except (TypeError, NotImplementedError):
         return None
-
-
-def rng_put_back() -> Callable[[], None]:
-    """The generators as they are now, to be put back when the sampler has come to its place."""
-    rng = capture_rng()
-    return lambda: (restore_rng(rng), None)[1]

@@ -11,7 +11,6 @@ from spotguard.errors import ConfigError
 from spotguard.notices import NoticeSource
 from spotguard.policies import RetentionPolicy, SavePolicy, as_retention_policy, as_save_policy
 from spotguard.settings import Settings, load_settings
-from spotguard.state.train_state import TrainState
 from spotguard.stores import ObjectStore, open_store
 
 __all__ = ["Options", "read_options", "refuse_several_ranks"]
@@ -19,10 +18,9 @@ __all__ = ["Options", "read_options", "refuse_several_ranks"]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a `SpotGuard` was asked to do."""
+    """What a guard was asked to do."""
 
     store: ObjectStore
-    state: TrainState
     policy: SavePolicy
     retention: RetentionPolicy
     sources: tuple[NoticeSource, ...]
@@ -32,7 +30,6 @@ class Options:
 
 def read_options(
     uri: Any,
-    state: TrainState,
     *,
     every: SavePolicy | int | str | dt.timedelta | None,
     keep: RetentionPolicy | int | None,
@@ -45,10 +42,6 @@ def read_options(
         ConfigError: Names the first one that is wrong, and what to write instead.
     """
     settings = load_settings()
-    if not isinstance(state, TrainState):
-        raise ConfigError(
-            f"state={type(state).__name__}(...): wrap it, as in TrainState(model=model, optimizer=optimizer)"
-        )
     places = list(uri) if isinstance(uri, Sequence) and not isinstance(uri, str) else [uri]
     if not all(isinstance(place, (str, os.PathLike)) for place in places):
         raise ConfigError(f"uri={uri!r}: give a directory such as 'runs/my-run', or a URI as text")
@@ -64,7 +57,6 @@ def read_options(
             raise ConfigError(f"notices=[{source!r}]: a notice source has a name and a method watch(emit, stop)")
     return Options(
         store=open_store(places[0]),
-        state=state,
         policy=settings.choose("every", every, as_save_policy),
         retention=settings.choose("keep", keep, as_retention_policy),
         sources=tuple(notices),

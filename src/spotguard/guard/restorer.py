@@ -1,23 +1,12 @@
-"""From a resolution to the state as it was, applied when the loop has come back to the place of the checkpoint."""
+"""From a checkpoint to the state as it was, applied when the loop has come back to its place."""
 
 import copy
-import time
-import warnings
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from spotguard.checkpoint import Manifest
-from spotguard.errors import InexactResumeWarning, StateMismatchError
-from spotguard.events import CandidateRejected, Event, FreshStart, InexactResume
-from spotguard.guard.console import say
-from spotguard.guard.gate import Gate
-from spotguard.guard.meter import Meter
+from spotguard.errors import StateMismatchError
 from spotguard.guard.saver import RANK
-from spotguard.pipeline.resolver import resolve
-from spotguard.state.compare import fingerprint
-from spotguard.state.rng import capture_rng
+from spotguard.guard.session import Loaded
 from spotguard.state.train_state import TrainState
-from spotguard.stores import ObjectStore
 
 __all__ = ["Restored", "Restorer"]
 
@@ -26,18 +15,18 @@ class Restored(NamedTuple):
     """What a checkpoint said of the loop.
 
     Attributes:
-        manifest: Its manifest.
         step: Step boundaries passed.
         epoch: Epoch that goes on.
         total: Epochs or steps that the loop was to run for.
         data: Where it was in its data.
+        inexact: What did not come back bit for bit, in words.
     """
 
-    manifest: Manifest
     step: int
     epoch: int
     total: int
     data: dict[str, Any]
+    inexact: list[str]
 
 
 class Restorer:
@@ -48,55 +37,29 @@ class Restorer:
 
     Args:
         state: What to restore.
-        publish: Where events go.
-        gate: The line to a rehearsal, or None.
     """
 
-    def __init__(self, state: TrainState, publish: Callable[[Event], None], gate: Gate | None) -> None:
-        self._state, self._publish, self._gate = state, publish, gate
+    def __init__(self, state: TrainState) -> None:
+        self._state = state
         self._payload: dict[str, Any] | None = None
 
-    def restore(self, store: ObjectStore, run_id: str, attempt: int) -> Restored | None:
-        """Resolve, verify, load and apply; None for a fresh start.
+    def restore(self, loaded: Loaded) -> Restored:
+        """Apply it for the first time.
 
         Raises:
-            NoUsableCheckpointError: There are checkpoints, and none is whole.
             StateMismatchError: The state does not fit.
         """
-        began = time.monotonic()
-        with Meter("verifying and loading the checkpoint") as meter:
-            resolution = resolve(store, run_id=run_id, load=True, progress=meter.advance)
-        passed_over = [f"checkpoint {item.id} is passed over: {item.reason}" for item in resolution.rejected]
-        for candidate, line in zip(resolution.rejected, passed_over, strict=True):
-            say(line)
-            self._publish(CandidateRejected(checkpoint=candidate.id, reason=candidate.reason))
-        checkpoint = resolution.require()
-        if checkpoint is None or resolution.loaded is None:
-            self._publish(FreshStart(attempt=attempt))
-            say(f"fresh start, no checkpoint in {store.uri} yet")
-            if self._gate is not None:
-                self._gate.ask("fresh", rng={name: fingerprint(value) for name, value in capture_rng().items()})
-            return None
-        if RANK not in resolution.loaded:
+        self._payload = loaded.payload
+        if RANK not in self._payload:
             raise StateMismatchError(
-                f"checkpoint {checkpoint.id} was saved by CheckpointStore.save(), which knows nothing of a loop to go on with. "
+                f"checkpoint {loaded.manifest.id} was saved by CheckpointStore.save(), which knows nothing of a loop to go on with. "
                 "Load its members yourself, and give SpotGuard a new URI"
             )
-        self._payload = resolution.loaded
         local = self._payload[RANK]
         # A copy: optimizers take over the very tensors they are given, and code on the way to the place must not change the original.
         inexact = self._apply(copy.deepcopy(self._payload))
-        for what in inexact:
-            warnings.warn(what, InexactResumeWarning, stacklevel=5)
-            self._publish(InexactResume(what=what))
-        if self._gate is not None:
-            step = local["progress"]["step"]
-            took = time.monotonic() - began
-            self._gate.ask(
-                "resumed", step=step, checkpoint=checkpoint.id, seconds=took, inexact=inexact, rejected=passed_over
-            )
         progress = local["progress"]
-        return Restored(checkpoint.manifest, progress["step"], progress["epoch"], progress["total"], local["data"])
+        return Restored(progress["step"], progress["epoch"], progress["total"], local["data"], inexact)
 
     def arrive(self) -> None:
         """The loop has come to the place of the checkpoint: whatever ran on the way, the state is now that of the checkpoint."""

@@ -48,6 +48,7 @@ class Saver:
     Attributes:
         due: When the next periodic save is due.
         requested: Metrics of a save that was asked for; None when none was.
+        held: The place of a snapshot that is kept in memory, to be committed if a notice comes before the next boundary; None without.
     """
 
     def __init__(
@@ -61,14 +62,28 @@ class Saver:
     ) -> None:
         self.due = Due()
         self.requested: dict[str, float] | None = None
+        self.held: Place | None = None
         self._writer, self._policy, self._trees, self._publish, self._gate = writer, policy, trees, publish, gate
         self._buffers = HostBuffers()
         self._stall_s = 0.0
         self._saved_at = -1
+        self._snapshot: Snapshot | None = None  # the last one; its buffers are good until the next
 
-    def plan(self, step: int) -> None:
+    @property
+    def stall_s(self) -> float:
+        """How long the last save stopped the loop, in seconds."""
+        return self._stall_s
+
+    def plan(self, place: Place) -> None:
         """Ask the policy when the next save is due, seen from now."""
-        self.due = self._policy.next_due(SavePoint(step, time.monotonic(), self._stall_s, self._writer.write_s))
+        self.due = self._policy.next_due(
+            SavePoint(place.step, time.monotonic(), self._stall_s, self._writer.write_s, place.epoch)
+        )
+
+    def is_due(self, place: Place) -> bool:
+        """Whether a periodic save is due at this boundary."""
+        due = self.due
+        return place.step >= due.step or place.epoch >= due.epoch or time.monotonic() >= due.time
 
     def prepare(self) -> None:
         """Have buffers ready for the first save."""
@@ -79,12 +94,27 @@ class Saver:
         if self.requested is not None:
             self._writer.drain()
             self.snapshot(place)
-        elif place.step >= self.due.step or time.monotonic() >= self.due.time:
+        elif self.is_due(place):
             if self._writer.busy:
                 self._publish(SaveSkipped(step=place.step, reason="the save before is still being written"))
-                self.plan(place.step)
+                self.plan(place)
             else:
                 self.snapshot(place)
+
+    def hold(self, place: Place) -> None:
+        """Keep a snapshot of this boundary in memory, where what comes next takes long and cannot be saved in its midst.
+
+        Nothing is held while the buffers are being written out: what is in them is hardly older.
+        """
+        if self._saved_at == place.boundary:
+            self.held = place
+        elif not self._writer.busy:
+            self._snapshot = self._capture(place)
+            self.held = place
+
+    def release(self) -> None:
+        """The held snapshot is not needed any more."""
+        self.held = None
 
     def save_and_wait(self, title: str, place: Place, *, finished: bool = False) -> None:
         """Commit this very boundary, waiting for what is in flight first; the writer's `error` tells how it went.
@@ -123,14 +153,20 @@ class Saver:
         """Copy the state into the kept buffers, hand them to the writer, and let the loop go on."""
         began = time.monotonic()
         metrics, self.requested = self.requested or {}, None
-        images = tuple(
-            ShardImage(name, 0 if name == RANK else None, self._buffers.capture(name, tree))
-            for name, tree in self._trees().items()
-        )
-        snapshot = Snapshot(place.step, place.epoch, place.batch, finished, images)
+        if self.held is None or self.held.boundary != place.boundary or self._snapshot is None or finished:
+            self._snapshot = self._capture(place, finished=finished)
+        snapshot = self._snapshot
         self._writer.submit(snapshot, metrics, progress)
         self._stall_s, self._saved_at = time.monotonic() - began, place.boundary
         self._publish(SaveStarted(step=place.step, size=snapshot.size, stall_s=self._stall_s))
         if self._gate is not None:
             self._gate.ask("snapshot", step=place.step, stall=self._stall_s, size=snapshot.size)
-        self.plan(place.step)
+        self.plan(place)
+
+    def _capture(self, place: Place, *, finished: bool = False) -> Snapshot:
+        self.held = None
+        images = tuple(
+            ShardImage(name, 0 if name == RANK else None, self._buffers.capture(name, tree))
+            for name, tree in self._trees().items()
+        )
+        return Snapshot(place.step, place.epoch, place.batch, finished, images)

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -40,6 +40,7 @@ class SignalSource:
         on_record: Called by the handler itself, in the main thread, to set a flag and nothing else: the loop then sees the signal at its
             next boundary even if the watching thread has not had its turn at the interpreter.
         leave: How to end the process at once, given the exit status.
+        previous: Handlers to call after ours, by signal, in place of those that are found; None for one calls none.
     """
 
     name = "signal"
@@ -51,11 +52,13 @@ class SignalSource:
         repeat_s: float = 1.0,
         on_record: Callable[[], None] = lambda: None,
         leave: Callable[[int], NoReturn] = os._exit,
+        previous: Mapping[int, Any] | None = None,
     ) -> None:
         self._signals = signals
         self._repeat_s = repeat_s
         self._on_record, self._leave = on_record, leave
         self._previous: dict[int, Any] = {}
+        self._chained = dict(previous or {})
         self._previous_fd = -1
         self._recorded: int | None = None
         self._first: float | None = None
@@ -134,7 +137,7 @@ class SignalSource:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._recorded = number
         self._on_record()
-        previous = self._previous.get(number)
+        previous = self._chained.get(number, self._previous.get(number))
         if callable(previous) and previous is not signal.default_int_handler:
             previous(number, frame)
 

@@ -7,12 +7,23 @@ from spotguard.policies.retention import (
     KeepYoungerThan,
     RetentionPolicy,
     as_retention_policy,
+    metrics_of,
 )
-from spotguard.policies.save import AutoInterval, Due, EverySeconds, EverySteps, SavePoint, SavePolicy, as_save_policy
+from spotguard.policies.save import (
+    AutoInterval,
+    Due,
+    EveryEpochs,
+    EverySeconds,
+    EverySteps,
+    SavePoint,
+    SavePolicy,
+    as_save_policy,
+)
 
 __all__ = [
     "AutoInterval",
     "Due",
+    "EveryEpochs",
     "EverySeconds",
     "EverySteps",
     "KeepAll",
@@ -24,4 +35,5 @@ __all__ = [
     "SavePolicy",
     "as_retention_policy",
     "as_save_policy",
+    "metrics_of",
 ]

@@ -10,7 +10,15 @@ from spotguard._time import parse_seconds
 from spotguard.checkpoint import CheckpointId, Manifest
 from spotguard.errors import ConfigError
 
-__all__ = ["KeepAll", "KeepBest", "KeepNewest", "KeepYoungerThan", "RetentionPolicy", "as_retention_policy"]
+__all__ = [
+    "KeepAll",
+    "KeepBest",
+    "KeepNewest",
+    "KeepYoungerThan",
+    "RetentionPolicy",
+    "as_retention_policy",
+    "metrics_of",
+]
 
 
 class RetentionPolicy(Protocol):
@@ -22,6 +30,11 @@ class RetentionPolicy(Protocol):
 
 
 class _Composes:
+    @property
+    def metrics(self) -> frozenset[str]:
+        """Names of the metrics that the policy reads."""
+        return frozenset()
+
     def __and__(self: RetentionPolicy, other: RetentionPolicy) -> "_Both":
         return _Both(self, as_retention_policy(other))
 
@@ -34,6 +47,10 @@ class _Both(_Composes):
     left: RetentionPolicy
     right: RetentionPolicy
 
+    @property
+    def metrics(self) -> frozenset[str]:
+        return metrics_of(self.left) | metrics_of(self.right)
+
     def keep(self, checkpoints: Sequence[Manifest], *, now: dt.datetime) -> set[CheckpointId]:
         return self.left.keep(checkpoints, now=now) & self.right.keep(checkpoints, now=now)
 
@@ -42,6 +59,10 @@ class _Both(_Composes):
 class _AnyOf(_Composes):
     left: RetentionPolicy
     right: RetentionPolicy
+
+    @property
+    def metrics(self) -> frozenset[str]:
+        return metrics_of(self.left) | metrics_of(self.right)
 
     def keep(self, checkpoints: Sequence[Manifest], *, now: dt.datetime) -> set[CheckpointId]:
         return self.left.keep(checkpoints, now=now) | self.right.keep(checkpoints, now=now)
@@ -94,6 +115,11 @@ class KeepBest(_Composes):
         if self.mode not in ("min", "max"):
             raise ConfigError(f"KeepBest(mode={self.mode!r}): write 'min' where lower is better, 'max' where higher is")
 
+    @property
+    def metrics(self) -> frozenset[str]:
+        """The one."""
+        return frozenset([self.metric])
+
     def keep(self, checkpoints: Sequence[Manifest], *, now: dt.datetime) -> set[CheckpointId]:  # noqa: ARG002
         """The best; of equals, the newer."""
         sign = 1 if self.mode == "min" else -1
@@ -123,6 +149,16 @@ class KeepYoungerThan(_Composes):
 def _check_count(count: int, name: str) -> None:
     if type(count) is not int or count < 1:
         raise ConfigError(f"{name}({count!r}): how many to keep must be a whole number of at least 1")
+
+
+def metrics_of(policy: RetentionPolicy) -> frozenset[str]:
+    """Names of the metrics that a policy reads; none for one that does not say.
+
+    Example:
+        >>> sorted(metrics_of(KeepBest(3, "val_loss") | KeepNewest(2)))
+        ['val_loss']
+    """
+    return frozenset(getattr(policy, "metrics", ()))
 
 
 def as_retention_policy(keep: RetentionPolicy | int) -> RetentionPolicy:

@@ -3,12 +3,22 @@
 import dataclasses
 import datetime as dt
 import math
+import re
 from typing import NamedTuple, Protocol
 
 from spotguard._time import parse_seconds
 from spotguard.errors import ConfigError
 
-__all__ = ["AutoInterval", "Due", "EverySeconds", "EverySteps", "SavePoint", "SavePolicy", "as_save_policy"]
+__all__ = [
+    "AutoInterval",
+    "Due",
+    "EveryEpochs",
+    "EverySeconds",
+    "EverySteps",
+    "SavePoint",
+    "SavePolicy",
+    "as_save_policy",
+]
 
 
 class SavePoint(NamedTuple):
@@ -19,19 +29,22 @@ class SavePoint(NamedTuple):
         time: When that was, seconds on the monotonic clock.
         stall_s: How long the last save stopped the loop; 0.0 before the first.
         write_s: How long the last save took to become durable; 0.0 before the first.
+        epoch: Epochs completed.
     """
 
     step: int
     time: float
     stall_s: float = 0.0
     write_s: float = 0.0
+    epoch: int = 0
 
 
 class Due(NamedTuple):
-    """The next save: at this step or at this instant (monotonic seconds), whichever comes first."""
+    """The next save: at this step, at this instant (monotonic seconds), or when so many epochs are done, whichever comes first."""
 
     step: float = math.inf
     time: float = math.inf
+    epoch: float = math.inf
 
 
 class SavePolicy(Protocol):
@@ -53,7 +66,7 @@ class _AnyOf(_Either):
 
     def next_due(self, last: SavePoint) -> Due:
         dues = [policy.next_due(last) for policy in self.policies]
-        return Due(min(due.step for due in dues), min(due.time for due in dues))
+        return Due(min(due.step for due in dues), min(due.time for due in dues), min(due.epoch for due in dues))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +87,26 @@ class EverySteps(_Either):
     def next_due(self, last: SavePoint) -> Due:
         """The next multiple of `steps`."""
         return Due(step=(last.step // self.steps + 1) * self.steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryEpochs(_Either):
+    """Save at the end of every so many epochs, behind the code that belongs to the epoch.
+
+    Example:
+        >>> EveryEpochs(2).next_due(SavePoint(step=620, time=0.0, epoch=3)).epoch
+        4
+    """
+
+    epochs: int
+
+    def __post_init__(self) -> None:
+        if type(self.epochs) is not int or self.epochs < 1:
+            raise ConfigError(f"EveryEpochs({self.epochs!r}): a number of epochs must be a whole number of at least 1")
+
+    def next_due(self, last: SavePoint) -> Due:
+        """The end of the next epoch whose number is a multiple of `epochs`."""
+        return Due(epoch=(last.epoch // self.epochs + 1) * self.epochs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +167,7 @@ class AutoInterval(_Either):
 
 
 def as_save_policy(every: "SavePolicy | int | float | str | dt.timedelta") -> SavePolicy:
-    """Accept the shorthand: ``500`` or ``"500"`` is steps, ``"10m"`` or a timedelta is time, ``"auto"`` is `AutoInterval`.
+    """Accept the shorthand: ``500`` is steps, ``"10m"`` or a timedelta is time, ``"1 epoch"`` is epochs, ``"auto"`` is `AutoInterval`.
 
     Raises:
         ConfigError: None of these.
@@ -153,6 +186,8 @@ def as_save_policy(every: "SavePolicy | int | float | str | dt.timedelta") -> Sa
         text = every.strip()
         if text == "auto":
             return AutoInterval()
+        if epochs := re.fullmatch(r"(\d+)\s*epochs?", text):
+            return EveryEpochs(int(epochs[1]))
         return (
             EverySteps(int(text))
             if text.lstrip("-").isdecimal()

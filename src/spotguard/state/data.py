@@ -74,7 +74,8 @@ class DataTracker:
         Args:
             loader: What to iterate over.
             step: Step boundaries passed.
-            restore: Puts members and generators to the state of the checkpoint; called when its place is reached.
+            restore: Puts members and generators to the state of the checkpoint; called when its place is reached. Without it, generators
+                are left as they were found.
             seek: The loop counts steps and not passes: with one loader, its first pass is the one that was under way.
 
         Returns:
@@ -201,26 +202,35 @@ class DataTracker:
         self.batch, self._start = target["batch"], target["start"]
         if self._start["live"]:
             tracked.warm_up()
-        restore_rng(self._start["rng"])
-        tracked.set_generators(self._start["generators"])
+        found: dict[str, Any] = {}  # the generators as they are here, off the way
+
+        def depart(rng: dict[str, Any], generators: list[Any]) -> None:
+            found.update(capture_rng())
+            restore_rng(rng)
+            tracked.set_generators(generators)
 
         def arrive() -> None:
             # Workers are sent indices ahead of time. Where that is another number of batches than before, the draws just made count.
             ahead = tracked.workers and target["ahead"] != tracked.ahead
             generators = tracked.generators() if ahead else target["generators"]
+            restore_rng(found)
             restore()
             tracked.set_generators(generators)
 
+        depart(self._start["rng"], self._start["generators"])
         if not tracked.indexed:
             batches = self._reread(tracked, target)
             arrive()
-            return batches
-        if (
-            not tracked.workers
-        ):  # the sampler first draws inside the first next(): restore between the draws that are skipped and that one
-            return iter(tracked.over_indices(epoch_seed=0, skip=self.batch, skipped=arrive))
-        batches = iter(tracked.over_indices(epoch_seed=self._epoch_seed(tracked), skip=self.batch))
-        arrive()  # by now the indices of the batches to prefetch have been drawn, as they had been at the checkpoint
+        elif tracked.workers:
+            batches = iter(tracked.over_indices(epoch_seed=self._epoch_seed(tracked), skip=self.batch))
+            arrive()  # by now the indices of the batches to prefetch have been drawn, as they had been at the checkpoint
+        else:  # the sampler draws inside the first next(): go on from where the start of the pass left the generators, and arrive there
+            halfway: list[Any] = []
+            batches = iter(
+                tracked.over_indices(epoch_seed=0, skip=self.batch, begun=lambda: depart(*halfway), skipped=arrive)
+            )
+            halfway += [capture_rng(), tracked.generators()]
+            restore_rng(found)
         return batches
 
     def _reread(self, tracked: TrackedLoader, target: dict[str, Any]) -> Iterator[Any]:

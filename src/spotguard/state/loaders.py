@@ -151,7 +151,13 @@ class TrackedLoader:
             self.set_generators(generators)
 
     def over_indices(
-        self, *, epoch_seed: int, skip: int = 0, skipped: Callable[[], None] | None = None, empty: bool = False
+        self,
+        *,
+        epoch_seed: int,
+        skip: int = 0,
+        begun: Callable[[], None] | None = None,
+        skipped: Callable[[], None] | None = None,
+        empty: bool = False,
     ) -> Any:
         """The loader with our index stream in place of its sampler.
 
@@ -164,7 +170,7 @@ class TrackedLoader:
         batched = loader.batch_sampler is not None
         inner = () if empty else (loader.batch_sampler if batched else loader.sampler)
         seed = epoch_seed if self.workers else None
-        stream = IndexStream(inner, batched=batched, epoch_seed=seed, skip=skip, skipped=skipped)
+        stream = IndexStream(inner, batched=batched, epoch_seed=seed, skip=skip, begun=begun, skipped=skipped)
         changes: dict[str, Any] = {"batch_sampler" if batched else "sampler": stream}
         if self.workers and clone.dataset is loader.dataset:
             changes["dataset"] = seeded_dataset(loader.dataset)

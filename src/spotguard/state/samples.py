@@ -104,7 +104,8 @@ class IndexStream:
         batched: Whether it yields batches of indices.
         epoch_seed: Seeds are made from it; None for none, and then indices are handed on as they are.
         skip: So many draws are made and thrown away first: of indices, never of data.
-        skipped: Called after that, before the first draw that counts.
+        begun: Called before the first draw of all.
+        skipped: Called after the draws that do not count, before the first one that does.
     """
 
     def __init__(
@@ -114,10 +115,11 @@ class IndexStream:
         batched: bool,
         epoch_seed: int | None,
         skip: int = 0,
+        begun: Callable[[], None] | None = None,
         skipped: Callable[[], None] | None = None,
     ) -> None:
         self._inner, self._batched, self._epoch_seed = inner, batched, epoch_seed
-        self._skip, self._skipped = skip, skipped
+        self._skip, self._begun, self._skipped = skip, begun, skipped
 
     def __len__(self) -> int:
         return len(self._inner)
@@ -128,6 +130,8 @@ class IndexStream:
 
     def _draw(self, draws: Iterator[Any]) -> Iterator[Any]:
         position = 0
+        if self._begun is not None:
+            self._begun()
         for _ in range(self._skip):
             try:
                 drawn = next(draws)
