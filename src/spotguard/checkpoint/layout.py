@@ -4,7 +4,7 @@
 
     run.json                                    identity of the run
     attempts/0004.json                          claim of one start
-    checkpoints/0004-0000001200/model.pt        shards
+    checkpoints/0004-0000001200/model.pt        shards; Lightning's is one model.ckpt
     checkpoints/0004-0000001200/rank-00000.pt   what differs by rank
     manifests/0004-0000001200.json              the commit
     events/0004-rank-00000.jsonl                what happened
@@ -40,7 +40,7 @@ ATTEMPTS, CHECKPOINTS, MANIFESTS, EVENTS = "attempts/", "checkpoints/", "manifes
 
 _ID = r"((\d{4,})-(\d{10,})(?:\.(\d+))?)"
 _MANIFEST_KEY = re.compile(rf"{MANIFESTS}{_ID}\.json")
-_SHARD_KEY = re.compile(rf"{CHECKPOINTS}{_ID}/[A-Za-z0-9_-]+\.pt")
+_SHARD_KEY = re.compile(rf"{CHECKPOINTS}{_ID}/[A-Za-z0-9_-]+\.(?:pt|ckpt)")
 _CLAIM_KEY = re.compile(rf"{ATTEMPTS}(\d{{4,}})\.json")
 _ANY_ATTEMPT = re.compile(rf"(?:{ATTEMPTS}|{CHECKPOINTS}|{MANIFESTS}|{EVENTS})(\d{{4,}})[.-]")
 _MEMBER = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}")
@@ -80,8 +80,8 @@ class CheckpointId(NamedTuple):
         return f"{MANIFESTS}{self}.json"
 
     def shard_key(self, name: str) -> str:
-        """Key of the shard that holds one member, or what belongs to one rank."""
-        return f"{CHECKPOINTS}{self}/{name}.pt"
+        """Key of the shard that holds one member, or what belongs to one rank; a name may bring an extension of its own."""
+        return f"{CHECKPOINTS}{self}/{name}" + ("" if "." in name else ".pt")
 
 
 def _read_id(match: re.Match[str] | None) -> CheckpointId | None:

@@ -35,10 +35,12 @@ class DataTracker:
 
     Attributes:
         batch: Batches of the pass under way, or of the last one, that are done.
+        behind: State of a stateful loader as it was when these were done, where more than these have been fetched; None otherwise.
     """
 
     def __init__(self, known: tuple[Any, ...] = ()) -> None:
         self.batch = 0
+        self.behind: Any = None
         self._known = known
         self._passes = 0
         self._loaders: dict[int, TrackedLoader] = {}  # by the place of its record
@@ -56,6 +58,16 @@ class DataTracker:
         """Whether the loop still has to come to the pass that was under way in the checkpoint."""
         return self._target is not None
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a pass has begun and is not over."""
+        return self._open is not None
+
+    def own_state(self) -> Any:
+        """What the loader of the pass under way says of itself; None for one that says nothing."""
+        tracked = self._loaders[self._open] if self._open is not None else None
+        return tracked.own_state() if tracked is not None and tracked.stateful else None
+
     def load(self, saved: DataState) -> None:
         """Take what a checkpoint says; the loop comes to that place by calling `iterate`."""
         self._saved, self._target = dict(enumerate(saved["loaders"])), saved["open"]
@@ -64,7 +76,7 @@ class DataTracker:
 
     def new_epoch(self) -> None:
         """The loop asks for its next epoch."""
-        self._passes, self._open, self.batch = 0, None, 0
+        self._passes, self._open, self.batch, self.behind = 0, None, 0, None
 
     def iterate(
         self, loader: Any, *, step: int, restore: Callable[[], None], seek: bool = False
@@ -107,7 +119,7 @@ class DataTracker:
 
     def end(self) -> None:
         """The pass under way is over."""
-        self._open = None
+        self._open = self.behind = None
 
     def state(self) -> DataState:
         """Where the loop is, seen at a step boundary."""
@@ -124,7 +136,7 @@ class DataTracker:
                 **tracked.record(),
             }
             if tracked.stateful:
-                opened["state"] = tracked.own_state()
+                opened["state"] = tracked.own_state() if self.behind is None else self.behind
         records = [self._loaders[place].record() if place in self._loaders else self._saved[place] for place in places]
         return {"passes": self._passes, "loaders": records, "open": opened, "remade": sorted(self._remade)}
 

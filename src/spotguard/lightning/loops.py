@@ -1,0 +1,99 @@
+"""Lightning's loops, with our places in them.
+
+The classes of loops that exist already are exchanged for subclasses: callback hooks come before the logging of a batch, or after the next
+batch has been fetched, and neither is a place to go on from.
+"""
+
+from typing import Any
+
+from spotguard.lightning.fit import GuardedFit
+from spotguard.lightning.loaders import shield_workers
+
+__all__ = ["guard_loops"]
+
+
+class _FitLoop:
+    def run(self) -> Any:
+        callback = self._callback
+        if callback not in self.trainer.callbacks:  # a search for the learning rate, say, which is no part of the run
+            return super().run()
+        with callback.guarding(self._guard):
+            return super().run()
+
+    def on_advance_start(self) -> None:
+        guard = self._guard
+        if guard.arriving in ("batch", "validation"):  # the head of this epoch was passed in an earlier process
+            self.setup_data()
+            guard.data.set_epoch(self.epoch_progress.current.processed)
+            return
+        if guard.active:
+            guard.next_epoch()
+        super().on_advance_start()
+
+    def on_advance_end(self) -> None:
+        super().on_advance_end()
+        if self._guard.active:
+            self._guard.epoch_over()
+
+    def _load_combined_loader_states(self) -> None:  # called once the loaders are set up, and before they are iterated over
+        if not self._guard.active:
+            super()._load_combined_loader_states()
+            return
+        self._combined_loader_states_to_load = []
+        self._combined_loader.flattened = self._guard.data.guard(self._combined_loader.flattened)
+
+
+class _EpochLoop:
+    def reset(self) -> None:
+        if self._guard.arriving is None:
+            super().reset()
+
+    def on_run_start(self, data_fetcher: Any) -> None:
+        guard = self._guard
+        if guard.arriving is None:
+            super().on_run_start(data_fetcher)
+            return
+        kind = guard.arrive(data_fetcher)
+        self._restarting = True  # the iterator is there
+        super().on_run_start(data_fetcher)
+        self._restarting = False
+        if kind == "validation":
+            self.on_advance_end(data_fetcher)
+        else:
+            guard.just_arrived = True
+
+    def advance(self, data_fetcher: Any) -> None:
+        guard = self._guard
+        if guard.active and self.batch_progress.current.ready and not guard.just_arrived:
+            guard.boundary("batch")
+        guard.just_arrived = False
+        super().advance(data_fetcher)
+
+    def on_advance_end(self, data_fetcher: Any) -> None:
+        guard = self._guard
+        validates = guard.active and self._should_check_val_fx(data_fetcher)
+        if validates:
+            guard.before_validation()
+        super().on_advance_end(data_fetcher)
+        if validates:
+            guard.after_validation()
+
+
+class _ValidationLoop:
+    def setup_data(self) -> None:
+        super().setup_data()
+        if self._combined_loader is not None:
+            shield_workers(self._combined_loader.flattened)
+
+
+def guard_loops(trainer: Any, guard: GuardedFit, callback: Any) -> None:
+    """Put our places into the loops of a trainer."""
+    fit_loop = trainer.fit_loop
+    for loop, ours in (
+        (fit_loop, _FitLoop),
+        (fit_loop.epoch_loop, _EpochLoop),
+        (fit_loop.epoch_loop.val_loop, _ValidationLoop),
+    ):
+        if not isinstance(loop, ours):
+            loop.__class__ = type(f"Guarded{type(loop).__name__.lstrip('_')}", (ours, type(loop)), {})
+        loop._guard, loop._callback = guard, callback
