@@ -252,6 +252,10 @@ class SpotGuard:
     ) -> Generator[Any, None, None]:
         if self._driver == "step_done":
             raise ConfigError("batches(): guard.step_done() counts the steps already; remove one of the two")
+        if type(loader).__name__ == "_FabricDataLoader":
+            raise ConfigError(
+                "batches(): this loader was set up by Fabric; use SpotGuard from spotguard.fabric, which follows the loader inside"
+            )
         if self._finished:
             self._is_finished(self._finished_total, "epochs or steps")
             return

@@ -20,6 +20,7 @@ from spotguard.guard.session import Loaded, Session
 from spotguard.lightning.fit_state import FitState
 from spotguard.lightning.loaders import TrainingData
 from spotguard.notices import PreemptionNotice
+from spotguard.state.codec import check_loadable
 from spotguard.state.rng import restore_rng
 
 __all__ = ["MODEL", "GuardedFit"]
@@ -50,6 +51,7 @@ class GuardedFit:
         self.session: Session | None = None
         self._loaded: Loaded | None = None
         self._state: FitState | None = None
+        self._inexact: list[str] = []
         self._boundaries = 0
         self._kind = "epoch"
         self._epoch_over = self._told = False
@@ -59,6 +61,11 @@ class GuardedFit:
     @property
     def _epoch_loop(self) -> Any:
         return self._trainer.fit_loop.epoch_loop
+
+    @property
+    def within_epoch(self) -> bool:
+        """Whether the place to come to is within an epoch, whose head was passed in an earlier process."""
+        return self.arriving in ("batch", "validation")
 
     def begin(self, session: Session, loaded: Loaded | None, previous: Mapping[int, Any]) -> None:
         """The fit loop is about to run.
@@ -76,8 +83,10 @@ class GuardedFit:
         if self._trainer.received_sigterm:  # Lightning heard it while it was setting up
             session.heed(PreemptionNotice(source="signal", kind="signal", detail="SIGTERM"))
         self._state = FitState(self._trainer, self._host)
+        _check_readable(self._state.checkpoint())
         if loaded is not None:
             local = loaded.payload[RANK]
+            self._inexact = self._state.remember(loaded.payload[MODEL])
             self._state.restore_early(local)
             self.arriving = local["progress"]["kind"]
             self.data.load(local["data"])
@@ -90,11 +99,13 @@ class GuardedFit:
     def end(self) -> None:
         """The fit loop has come to its end."""
         assert self.session is not None, "begun"
-        if self._loaded is not None and not self._told:  # there was nothing left to train
-            self.session.resumed(self._loaded, [])
+        nothing_left = self._loaded is not None and not self._told
+        if nothing_left:
+            self.arrive()
         self._kind = "epoch"
+        self._boundaries += 1
         self.data.new_epoch()
-        self.session.finish(save=self._boundaries > 0 or self.session.checkpoint is None)
+        self.session.finish(save=not nothing_left)
 
     def close(self, *, drain: bool) -> None:
         """The fit loop has been left, one way or another."""
@@ -114,7 +125,7 @@ class GuardedFit:
         kind, self.arriving = self.arriving or "epoch", None
         payload = self._loaded.payload
         local = payload[RANK]
-        inexact = self._state.restore(payload[MODEL], local)
+        inexact = self._inexact + self._state.restore(payload[MODEL], local)
         self.data.asleep = False
         if fetcher is not None:
             iter(fetcher)
@@ -205,6 +216,17 @@ class GuardedFit:
         return [self._trainer.fit_loop, epoch_loop, *inner]
 
 
+def _check_readable(checkpoint: dict[str, Any]) -> None:
+    """Refuse, before training, what could not be read back: code has no place in a checkpoint."""
+    try:
+        check_loadable(MODEL, checkpoint)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}. Hyperparameters are the usual place: leave them out, save_hyperparameters(ignore=[...]), or, where such an object "
+            "is harmless, let it pass: torch.serialization.add_safe_globals([...])"
+        ) from error
+
+
 def check_payload(loaded: Loaded, uri: str) -> None:
     """Refuse a checkpoint that another kind of guard has written.
 
@@ -228,6 +250,12 @@ def check_trainer(trainer: Any, strategy_class: Any) -> None:
             f"{trainer.world_size} ranks: this release guards a single process; ranks that do not agree on a step would lose the run. "
             "Use Trainer(devices=1)"
         )
+    for callback in trainer.callbacks:
+        if any(base.__name__ == "StochasticWeightAveraging" for base in type(callback).__mro__):
+            raise ConfigError(
+                "StochasticWeightAveraging exchanges schedulers and rewrites loops while it runs, and cannot be brought back to the middle "
+                "of that. Use WeightAveraging (Lightning 2.6 and later) or an average of your own, which can"
+            )
     if type(trainer.strategy).load_checkpoint is not strategy_class.load_checkpoint:
         raise ConfigError(
             f"{type(trainer.strategy).__name__} writes checkpoints of its own kind, which this release cannot guard. Use Trainer(devices=1)"

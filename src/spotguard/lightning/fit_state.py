@@ -16,6 +16,10 @@ from spotguard.state.rng import capture_rng, restore_rng
 
 __all__ = ["FitState"]
 
+_SAVED_AT = (
+    "_last_global_step_saved",
+    "_last_checkpoint_saved",
+)  # by these a ModelCheckpoint does not save one step twice
 Plain = (bool, int, float, str, type(None), torch.Tensor)
 
 
@@ -31,6 +35,7 @@ class FitState:
         self._trainer, self._host = trainer, host
         self._call = importlib.import_module(f"{host}.trainer.call")
         self._overridden = importlib.import_module(f"{host}.utilities.model_helpers").is_overridden
+        self._reference: dict[str, Any] | None = None
         bare = importlib.import_module(host).LightningModule()
         self._known = {*vars(bare), "_hparams", "_hparams_initial", "_hparams_name"}
         self._at_start = copy.deepcopy(self._attributes())
@@ -55,11 +60,12 @@ class FitState:
                 for name, value in self._attributes().items()
                 if name not in self._at_start or first_difference(value, self._at_start[name]) is not None
             },
+            "saved_at": [[getattr(callback, name, None) for name in _SAVED_AT] for callback in self._checkpoints()],
             "trainer": {
                 "should_stop": trainer.should_stop,
                 "accumulate": trainer.accumulate_grad_batches,
                 "validated": dict(epoch_loop.val_loop._seen_batches_per_dataloader),
-                "since_validation": now - getattr(trainer, "_last_val_time", now),
+                **({"since_validation": now - trainer._last_val_time} if self._by_time() else {}),
                 "reloaded": [
                     trainer.fit_loop._last_train_dl_reload_epoch,
                     epoch_loop.val_loop._last_val_dl_reload_epoch,
@@ -68,10 +74,26 @@ class FitState:
             },
         }
 
+    def remember(self, checkpoint: dict[str, Any]) -> list[str]:
+        """Lightning has just restored a checkpoint: keep what it made of it, and return what is not what had been saved, in words.
+
+        Hooks may save and restore something else on purpose: an average of the weights in the place of the weights.
+        """
+        module, callbacks = self._trainer.lightning_module, self._trainer.callbacks
+        hooks = [(module, "on_load_checkpoint"), *((callback, "on_load_checkpoint") for callback in callbacks)]
+        changed = any(self._overridden(name, owner, self._parent(owner)) for owner, name in hooks)
+        here, inexact = self._live(), []
+        self._reference = {}
+        for name, (what, saved) in self._saved(checkpoint).items():
+            difference = first_difference(saved, here[name])
+            self._reference[name] = saved if difference is None else copy.deepcopy(here[name])
+            if difference is not None and not changed:
+                inexact.append(f"{what} did not come back as saved: {difference}")
+        return inexact
+
     def restore_early(self, local: dict[str, Any]) -> None:
         """What decides whether there is anything left to train."""
         self._trainer.should_stop = local["trainer"]["should_stop"]
-        self._trainer.accumulate_grad_batches = local["trainer"]["accumulate"]
 
     def restore(self, checkpoint: dict[str, Any], local: dict[str, Any]) -> list[str]:
         """Put everything back that is not as it was; returns what could not be, in words. Generators come last.
@@ -88,51 +110,89 @@ class FitState:
         inexact += restore_metrics(module, local["metrics"])
         for name, value in local["attributes"].items():
             setattr(module, name, copy.deepcopy(value))
+        for callback, values in zip(self._checkpoints(), local["saved_at"], strict=False):
+            for name, value in zip(_SAVED_AT, values, strict=True):
+                setattr(callback, name, value)
         self.restore_early(local)
         saved = local["trainer"]
+        trainer.accumulate_grad_batches = saved["accumulate"]
         epoch_loop.val_loop._seen_batches_per_dataloader.update(saved["validated"])
-        trainer._last_val_time = time.monotonic() - saved["since_validation"]
+        if self._by_time() and "since_validation" in saved:
+            trainer._last_val_time = time.monotonic() - saved["since_validation"]
         trainer.fit_loop._last_train_dl_reload_epoch, epoch_loop.val_loop._last_val_dl_reload_epoch = saved["reloaded"]
         return inexact + restore_rng(local["rng"])
 
     def _prove(self, checkpoint: dict[str, Any]) -> list[str]:
-        """Compare what there is with what was saved, give once more what differs, and name what then still does."""
-        trainer, strategy = self._trainer, self._trainer.strategy
-        inexact = []
-
-        def prove(what: str, saved: Any, read: Callable[[], Any], give: Callable[[Any], Any]) -> None:
-            if first_difference(saved, read()) is not None:
-                give(copy.deepcopy(saved))
-                if (difference := first_difference(saved, read())) is not None:
-                    inexact.append(f"{what} did not come back as it was saved: {difference}")
-
+        """Compare what there is with what was restored, and give once more what differs; returns what then still does, in words."""
+        strategy, trainer = self._trainer.strategy, self._trainer
+        assert self._reference is not None, "remembered"
         strict = trainer.lightning_module.strict_loading
-        prove(
-            "the model",
-            checkpoint["state_dict"],
-            strategy.lightning_module_state_dict,
-            lambda saved: strategy.load_model_state_dict({"state_dict": saved}, strict=strict),
-        )
-        prove(
-            "the optimizers",
-            checkpoint["optimizer_states"],
-            lambda: [strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers],
-            lambda saved: strategy.load_optimizer_state_dict({"optimizer_states": saved}),
-        )
+        give: dict[str, Callable[[Any], Any]] = {
+            "model": lambda saved: strategy.load_model_state_dict({"state_dict": saved}, strict=strict),
+            "optimizers": lambda saved: strategy.load_optimizer_state_dict({"optimizer_states": saved}),
+            "schedulers": lambda saved: [
+                config.scheduler.load_state_dict(state)
+                for config, state in zip(trainer.lr_scheduler_configs, saved, strict=True)
+            ],
+        }
+        inexact = []
+        for name, reference in self._reference.items():
+            if first_difference(reference, self._live()[name]) is not None:
+                give[name](copy.deepcopy(reference))
+                if (difference := first_difference(reference, self._live()[name])) is not None:
+                    inexact.append(
+                        f"{name}: changed on the way to the checkpoint, and not to be put back: {difference}"
+                    )
+        self._reference = None  # release memory
         for optimizer in trainer.optimizers:
             # Schedulers warn when they step before their optimizer did; this one has stepped, in an earlier process.
             optimizer._opt_called = True
-        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        for number, (scheduler, saved) in enumerate(zip(schedulers, checkpoint["lr_schedulers"], strict=True)):
-            prove(f"scheduler {number}", saved, scheduler.state_dict, scheduler.load_state_dict)
-        by_key = {callback.state_key: callback for callback in trainer.callbacks}
-        for key, saved in checkpoint["callbacks"].items():
+        return inexact + self._prove_callbacks(checkpoint["callbacks"])
+
+    def _prove_callbacks(self, states: dict[str, Any]) -> list[str]:
+        by_key = {callback.state_key: callback for callback in self._trainer.callbacks}
+        inexact = []
+        for key, saved in states.items():
             callback = by_key.get(key)
             if callback is None:
                 inexact.append(f"the callback {key} of the checkpoint is not there any more")
-            elif self._overridden("state_dict", callback, importlib.import_module(self._host).Callback):
-                prove(f"the callback {key}", saved, callback.state_dict, callback.load_state_dict)
+                continue
+            if not self._overridden("state_dict", callback, self._parent(callback)):
+                continue
+            if first_difference(saved, callback.state_dict()) is not None:
+                callback.load_state_dict(copy.deepcopy(saved))
+            here = callback.state_dict()
+            if here.get("dirpath") != saved.get("dirpath"):
+                inexact.append(
+                    f"{type(callback).__name__} begins afresh, for its folder was {saved.get('dirpath')} and is {here.get('dirpath')}. "
+                    "Give it a dirpath, or the logger a version, that is the same at every start"
+                )
+                continue
+            for name, value in saved.items():  # some of Lightning's own tell more than they take back
+                if hasattr(callback, name) and first_difference(value, here.get(name)) is not None:
+                    setattr(callback, name, copy.deepcopy(value))
+            if (difference := first_difference(saved, callback.state_dict())) is not None:
+                inexact.append(f"the callback {key} did not come back as it was saved: {difference}")
         return inexact
+
+    def _saved(self, checkpoint: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+        return {
+            "model": ("the model", checkpoint["state_dict"]),
+            "optimizers": ("the optimizers", checkpoint["optimizer_states"]),
+            "schedulers": ("the learning rate schedules", checkpoint["lr_schedulers"]),
+        }
+
+    def _live(self) -> dict[str, Any]:
+        trainer = self._trainer
+        return {
+            "model": trainer.strategy.lightning_module_state_dict(),
+            "optimizers": [trainer.strategy.optimizer_state(optimizer) for optimizer in trainer.optimizers],
+            "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
+        }
+
+    def _parent(self, owner: Any) -> Any:
+        package = importlib.import_module(self._host)
+        return package.LightningModule if owner is self._trainer.lightning_module else package.Callback
 
     def _members(self) -> dict[str, Any]:
         return {
@@ -147,6 +207,13 @@ class FitState:
         epoch_loop = self._trainer.fit_loop.epoch_loop
         over = epoch_loop._accumulated_batches_reached() or epoch_loop._num_ready_batches_reached()
         return not (clears and over)
+
+    def _by_time(self) -> bool:
+        """Whether validation is due by the clock (Lightning 2.6 and later)."""
+        return getattr(self._trainer, "_val_check_time_interval", None) is not None
+
+    def _checkpoints(self) -> list[Any]:
+        return [callback for callback in self._trainer.checkpoint_callbacks if hasattr(callback, _SAVED_AT[0])]
 
     def _validation(self) -> list[Any]:
         combined = self._trainer.fit_loop.epoch_loop.val_loop._combined_loader

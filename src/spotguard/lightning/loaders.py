@@ -50,7 +50,9 @@ class GuardedLoader:
 
     def __iter__(self) -> Iterator[Any]:
         tracker = self._tracker
-        if self._data.asleep:  # on the way to the place of a checkpoint: whatever would be drawn here counts for nothing
+        if (
+            self._data.asleep
+        ):  # on the way to the place of a checkpoint: whatever would be drawn here counts for nothing
             return iter(())
         if tracker.under_way and not tracker.resuming:
             if self._exhausted:  # the shorter of several loaders begins again within the epoch

@@ -20,9 +20,14 @@ class _FitLoop:
         with callback.guarding(self._guard):
             return super().run()
 
+    @property
+    def done(self) -> bool:
+        # The last batch of all may still have its validation before it, and the end of its epoch.
+        return False if self._guard.within_epoch else super().done
+
     def on_advance_start(self) -> None:
         guard = self._guard
-        if guard.arriving in ("batch", "validation"):  # the head of this epoch was passed in an earlier process
+        if guard.within_epoch:  # the head of this epoch was passed in an earlier process
             self.setup_data()
             guard.data.set_epoch(self.epoch_progress.current.processed)
             return
@@ -35,7 +40,15 @@ class _FitLoop:
         if self._guard.active:
             self._guard.epoch_over()
 
-    def _load_combined_loader_states(self) -> None:  # called once the loaders are set up, and before they are iterated over
+    def on_save_checkpoint(self) -> dict[str, Any]:
+        guarded = (
+            self._guard.session is not None
+        )  # what loaders say of themselves is one batch ahead where batches are fetched ahead
+        return {} if guarded else super().on_save_checkpoint()
+
+    def _load_combined_loader_states(
+        self,
+    ) -> None:  # called once the loaders are set up, and before they are iterated over
         if not self._guard.active:
             super()._load_combined_loader_states()
             return

@@ -57,9 +57,7 @@ def restore_logged(trainer: Any, host: str, saved: dict[str, Any]) -> None:
     for key, item in saved["results"].items():
         # Each later call of self.log() compares what it is given with this, so it has to be exactly what that call would make.
         meta = made._Metadata(**item["meta"], reduce_fx=getattr(torch, item["reduce"]))
-        meta.sync = made._Sync(
-            fn=trainer.strategy.reduce, _should=item["sync"], rank_zero_only=item["rank_zero_only"]
-        )
+        meta.sync = made._Sync(fn=trainer.strategy.reduce, _should=item["sync"], rank_zero_only=item["rank_zero_only"])
         metric = made._ResultMetric(meta, item["is_tensor"])
         if item["is_tensor"]:
             _put(metric, item["state"], device)

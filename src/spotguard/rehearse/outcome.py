@@ -16,7 +16,12 @@ __all__ = ["Compared", "compare_checkpoints", "final_checkpoint"]
 
 GENERATORS = "random generators: "
 _RANK = rank_name(0)
-_PARTS = {"data": "data position", "gradients": "gradients", "progress": "progress"}
+_PARTS = {
+    "data": "data position",
+    "logged": "what was logged",
+    "modes": "modes of modules",
+    "trainer": "state of the trainer",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,17 +93,21 @@ def _compare_rest(left: dict[str, Any], right: dict[str, Any], leave_out: Mappin
         difference = first_difference({name: left["rng"].get(name)}, {name: right["rng"].get(name)})
         yield Compared(title, difference is None, difference or "")
     for tree in (left, right):
-        _forget(tree["data"], leave_out)
-    for part, title in _PARTS.items():
-        difference = first_difference(left[part], right[part])
-        yield Compared(title, difference is None, difference or "")
+        for data in tree["data"] if isinstance(tree["data"], list) else [tree["data"]]:
+            _forget(data, leave_out)
+    for part in sorted({*left, *right} - {"rng"}):
+        difference = first_difference(left.get(part), right.get(part))
+        yield Compared(_PARTS.get(part, part), difference is None, difference or "")
 
 
 def _forget(data: dict[str, Any], leave_out: Mapping[str, str]) -> None:
-    """An open pass over a loader remembers the generators as they were at its start."""
+    """An open pass over a loader remembers the generators as they were at its start, and at its first draw."""
     if data["open"] is not None:
+        start = data["open"]["start"]
         for name in leave_out:
-            data["open"]["start"]["rng"].pop(name, None)
+            start["rng"].pop(name, None)
+            if start["drawing"] is not None:
+                start["drawing"][0].pop(name, None)
 
 
 def _shards(manifest: Manifest) -> dict[str, ShardRecord]:

@@ -202,9 +202,16 @@ class DataTracker:
             "values": tracked.sampler_values(),
             "live": tracked.live,
             "step": step,
+            "drawing": None,
         }
         if tracked.indexed:
-            return iter(tracked.over_indices(epoch_seed=self._epoch_seed(tracked)))
+
+            def drawing() -> None:  # without workers, only inside the first next(): more may have been drawn in between
+                start["drawing"] = [capture_rng(), tracked.generators()]
+
+            start = self._start
+            begun = None if tracked.workers else drawing
+            return iter(tracked.over_indices(epoch_seed=self._epoch_seed(tracked), begun=begun))
         return iter(tracked.as_it_is(epoch_seed=self._epoch_seed(tracked)))
 
     def _resume(self, tracked: TrackedLoader, target: dict[str, Any], restore: Callable[[], None]) -> Iterator[Any]:
@@ -236,12 +243,11 @@ class DataTracker:
         elif tracked.workers:
             batches = iter(tracked.over_indices(epoch_seed=self._epoch_seed(tracked), skip=self.batch))
             arrive()  # by now the indices of the batches to prefetch have been drawn, as they had been at the checkpoint
-        else:  # the sampler draws inside the first next(): go on from where the start of the pass left the generators, and arrive there
-            halfway: list[Any] = []
+        else:  # the sampler draws inside the first next(): go there just then, and arrive behind the draws that are thrown away
+            there = self._start["drawing"] or [self._start["rng"], self._start["generators"]]
             batches = iter(
-                tracked.over_indices(epoch_seed=0, skip=self.batch, begun=lambda: depart(*halfway), skipped=arrive)
+                tracked.over_indices(epoch_seed=0, skip=self.batch, begun=lambda: depart(*there), skipped=arrive)
             )
-            halfway += [capture_rng(), tracked.generators()]
             restore_rng(found)
         return batches
 

@@ -1,0 +1,140 @@
+"""What the Trainer itself remembers: where it stands, what it has logged, the loss since then, and its callbacks."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+__all__ = ["TrainerRecord"]
+
+# Of this start, not of the run.
+_OF_THIS_START = {"max_steps", "num_train_epochs", "is_local_process_zero", "is_world_process_zero"}
+_OF_THIS_START |= {"is_hyper_param_search", "trial_name", "trial_params", "stateful_callbacks"}
+_COUNTERS = ("_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step", "current_flos")
+
+
+class TrainerRecord:
+    """Makes the memory of a Trainer a member of the state.
+
+    What clocks and memory meters gave is kept apart: it is no part of what two runs can have in common.
+
+    Args:
+        trainer: The trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._callbacks: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and one tensor."""
+        trainer = self._trainer
+        counters = {name: getattr(trainer, name) for name in _COUNTERS if hasattr(trainer, name)}
+        loss = getattr(trainer, "_tr_loss", None)
+        return {
+            "state": {**_plain(self._fields()), "log_history": [_timeless(line) for line in self._log()]},
+            "counters": _plain(counters),
+            "loss": loss.detach() if isinstance(loss, torch.Tensor) else None,
+            "callbacks": _plain(self._exported()),
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Take it back, where the trainer of this release keeps it."""
+        trainer, state = self._trainer, self._trainer.state
+        best = state.best_model_checkpoint
+        for name, value in saved["state"].items():
+            if hasattr(state, name):
+                setattr(state, name, value)
+        state.best_model_checkpoint = best  # the Trainer has looked whether it is still there
+        state.log_history = [dict(line) for line in saved["state"]["log_history"]]
+        if saved["loss"] is not None and isinstance(getattr(trainer, "_tr_loss", None), torch.Tensor):
+            trainer._tr_loss = saved["loss"].to(trainer.args.device, copy=True)  # noqa: SLF001
+            for name, value in saved["counters"].items():
+                setattr(trainer, name, value)
+        else:  # the loss since the last line is a local variable of the loop: lines count from here on
+            trainer._globalstep_last_logged = state.global_step  # noqa: SLF001
+        self._callbacks = saved["callbacks"]
+        state.stateful_callbacks = json.loads(json.dumps(saved["callbacks"]))
+        self.restore_callbacks()
+
+    def restore_callbacks(self) -> None:
+        """Give callbacks that tell their state, such as `EarlyStoppingCallback`, the state they had."""
+        waiting = {name: list(_listed(states)) for name, states in self._callbacks.items()}
+        for callback in self._tellers():
+            if states := waiting.get(type(callback).__name__):
+                for name, value in states.pop(0).get("attributes", {}).items():
+                    setattr(callback, name, value)
+
+    def not_restored(self) -> list[str]:
+        """What this release of the Trainer keeps where nobody can reach it, in words."""
+        if isinstance(getattr(self._trainer, "_tr_loss", None), torch.Tensor):
+            return []
+        return [
+            "the next 'loss' in log_history, and 'train_loss' at the end, are means over the steps since this resume"
+        ]
+
+    def clocks(self) -> list[dict[str, Any]]:
+        """What each line of the log says of time and memory."""
+        return [{name: value for name, value in line.items() if _is_clock(name)} for line in self._log()]
+
+    def set_clocks(self, clocks: list[dict[str, Any]]) -> None:
+        """Put it back into the lines."""
+        for line, values in zip(self._trainer.state.log_history, clocks, strict=True):
+            line.update(values)
+
+    def to_resume_from(self, saved: Mapping[str, Any], clocks: list[dict[str, Any]]) -> dict[str, Any]:
+        """What ``trainer_state.json`` has to say for the Trainer to begin where the checkpoint was made."""
+        lines = [{**line, **values} for line, values in zip(saved["state"]["log_history"], clocks, strict=True)]
+        return {**saved["state"], "log_history": lines, "stateful_callbacks": saved["callbacks"]}
+
+    def settle(self) -> None:
+        """The Trainer has counted the last part of the loss into the total: it must not be counted once more."""
+        if isinstance(loss := getattr(self._trainer, "_tr_loss", None), torch.Tensor):
+            loss.zero_()
+
+    def undo_summary(self) -> None:
+        """A finished run was started again: it has one summary, the one from its end."""
+        del self._trainer.state.log_history[-1:]
+
+    def _fields(self) -> dict[str, Any]:
+        fields = {field.name for field in dataclasses.fields(self._trainer.state)} - _OF_THIS_START - {"log_history"}
+        found = {name: getattr(self._trainer.state, name) for name in sorted(fields)}
+        best = found.get("best_model_checkpoint")
+        return {**found, "best_model_checkpoint": best if best is None else os.fspath(best)}
+
+    def _log(self) -> list[dict[str, Any]]:
+        return self._trainer.state.log_history or []
+
+    def _tellers(self) -> Iterator[Any]:
+        """Callbacks that are `ExportableState`; other things with a method ``state`` are not asked."""
+        for callback in self._trainer.callback_handler.callbacks:
+            if callable(getattr(callback, "state", None)) and hasattr(type(callback), "from_state"):
+                yield callback
+
+    def _exported(self) -> dict[str, Any]:
+        """In the form of ``TrainerState.stateful_callbacks``."""
+        found: dict[str, Any] = {}
+        for teller in (*self._tellers(), self._trainer.control):
+            name, told = type(teller).__name__, teller.state()
+            found[name] = [*_listed(found[name]), told] if name in found else told
+        return found
+
+
+def _listed(states: Any) -> list[Any]:
+    return states if isinstance(states, list) else [states]
+
+
+def _is_clock(name: str) -> bool:
+    return name.endswith(("_runtime", "_per_second")) or "_mem_" in name
+
+
+def _timeless(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {str(name): None if _is_clock(name) else value for name, value in _plain(dict(line)).items()}
+
+
+def _plain(tree: Any) -> Any:
+    """As it would come back from the JSON that the Trainer writes."""
+    return json.loads(json.dumps(tree, default=lambda value: value.item() if hasattr(value, "item") else str(value)))

@@ -1,0 +1,35 @@
+"""A fit with Lightning, killed anywhere, ends as if it had never been touched."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from equivalence.fitting import CASES, Case, assert_same_fit, run_fit
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.feature)
+def test_a_fit_that_is_killed_anywhere_ends_the_same(case: Case, tmp_path: Path) -> None:
+    untouched = tmp_path / "untouched"
+    assert run_fit(case, untouched) == 0, (untouched / "stderr.txt").read_text()
+    for tick in range(int((untouched / "ticks").read_text())):
+        folder = tmp_path / f"kill-{tick}"
+        assert run_fit(case, folder, kill_at=tick) == -signal.SIGKILL
+        assert run_fit(case, folder) == 0, (folder / "stderr.txt").read_text()
+        assert_same_fit(untouched, folder, f"SIGKILL at tick {tick}", once=False)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.feature)
+def test_a_fit_that_is_stopped_at_every_batch_ends_the_same_and_does_nothing_twice(case: Case, tmp_path: Path) -> None:
+    untouched, folder = tmp_path / "untouched", tmp_path / "stopped"
+    assert run_fit(case, untouched) == 0, (untouched / "stderr.txt").read_text()
+    starts, anywhere = 0, ("train", "end of batch", "validate", "epoch")
+    # Every second stop comes as early as can be, in a validation that has just begun again, say; the others let the run get on.
+    while (
+        status := run_fit(case, folder, kill_at=0, kinds=(anywhere, ("train",))[starts % 2], number=signal.SIGTERM)
+    ) == 143:
+        starts += 1
+        assert starts < 60, (folder / "stderr.txt").read_text()
+    assert status == 0, (folder / "stderr.txt").read_text()
+    assert starts >= 7
+    assert_same_fit(untouched, folder, f"SIGTERM {starts} times", once=True)
