@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench matrix clean
 
 demo: $(READY)
 	$(BIN)/spotguard rehearse --output rehearsal -- $(BIN)/python examples/digits/train.py
@@ -15,6 +15,9 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+matrix: $(READY)
+	$(BIN)/python -m pytest -n 2 tests/equivalence/test_lightning.py --matrix docs/reference/lightning.md
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py

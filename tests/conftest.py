@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -67,8 +68,17 @@ def _settings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("SPOTGUARD_")}
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print what tests have counted with `record_property`: crash points, power cuts, failing calls."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where to write the matrix of features that come back exactly."""
+    parser.addoption(
+        "--matrix", metavar="PAGE", help="write what tests recorded as a feature into the table of this page"
+    )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print what tests have counted with `record_property`: crash points, power cuts, failing calls. And the matrix."""
+    if (page := config.getoption("--matrix")) is not None:
+        _write_matrix(Path(page), terminalreporter)
     totals: dict[str, int] = {}
     for report in terminalreporter.getreports("passed"):
         for name, value in report.user_properties if report.when == "call" else ():
@@ -78,3 +88,23 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("counted")
         for name, value in totals.items():
             terminalreporter.line(f"{name}: {value}")
+
+
+def _write_matrix(page: Path, terminalreporter: pytest.TerminalReporter) -> None:
+    """One row for each feature, one column for each test of it."""
+    found: dict[tuple[int, str], dict[str, str]] = {}
+    for outcome, word in (("passed", "yes"), ("failed", "**no**")):
+        for report in terminalreporter.getreports(outcome):
+            properties = dict(report.user_properties) if report.when == "call" else {}
+            if "feature" in properties:
+                number, feature = properties["feature"]
+                found.setdefault((number, feature), {})[str(properties["column"])] = word
+    columns = sorted({column for row in found.values() for column in row})
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    lines += [
+        f"| {name} | " + " | ".join(row.get(column, "?") for column in columns) + " |"
+        for (_, name), row in sorted(found.items())
+    ]
+    before, _, rest = page.read_text().partition("<!-- matrix -->\n")
+    _, _, after = rest.partition("<!-- end -->")
+    page.write_text(before + "<!-- matrix -->\n" + "\n".join(lines) + "\n<!-- end -->" + after)

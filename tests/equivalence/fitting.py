@@ -22,7 +22,6 @@ from pytorch_lightning.callbacks import (
     EarlyStopping,
     GradientAccumulationScheduler,
     ModelCheckpoint,
-    WeightAveraging,
 )
 from pytorch_lightning.loggers.logger import Logger
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -171,7 +170,7 @@ class Manual(Model):
         self.turns = 0
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        one, other = self.optimizers()
+        one, other = self.optimizers()  # type: ignore[attr-defined]
         loss = super().training_step(batch, batch_idx)
         self.turns += 1
         optimizer = one if self.turns % 3 else other
@@ -305,7 +304,11 @@ CASES = [
     Case("learning rate schedule by metric, each epoch", model=ByMetric, val_check_interval=2),
     Case("learning rate schedule by metric, each step", model=ByMetricOfTheStep),
     Case("an average of weights in a callback", callbacks=lambda _: [Ema()], val_check_interval=2),
-    Case("`WeightAveraging`", callbacks=lambda _: [WeightAveraging()]),
+    *(
+        [Case("`WeightAveraging`", callbacks=lambda _: [pl.callbacks.WeightAveraging()])]
+        if hasattr(pl.callbacks, "WeightAveraging")  # from 2.6 on
+        else []
+    ),
     Case(
         "`EarlyStopping` and `ModelCheckpoint`",
         callbacks=lambda folder: [
@@ -369,11 +372,13 @@ class Book(Logger):
         pass
 
 
-def fit(case: Case, folder: Path, tick: Tick, **guard_options: Any) -> None:
-    """The user's script."""
+def fit(
+    case: Case, folder: Path, tick: Tick, guarded_by: Callable[..., Any] = SpotGuardCallback, **guard_options: Any
+) -> pl.Trainer:
+    """The user's script; returns its trainer."""
     book = Book(folder / "book.jsonl")
-    pl.seed_everything(3, verbose=False)
-    guard = SpotGuardCallback(folder / "run", **{"every": 3, "keep": 2, **guard_options})
+    pl.seed_everything(3)
+    guard = guarded_by(folder / "run", **{"every": 3, "keep": 2, **guard_options})
     active = [False]
 
     def note(what: str, entry: Any) -> None:
@@ -394,7 +399,7 @@ def fit(case: Case, folder: Path, tick: Tick, **guard_options: Any) -> None:
         logger=book,
         enable_progress_bar=False,
         enable_model_summary=False,
-        enable_checkpointing=True if case.callbacks(folder) else False,
+        enable_checkpointing=bool(case.callbacks(folder)) or isinstance(guard, ModelCheckpoint),
         callbacks=[guard, *case.callbacks(folder), Watch()],
         default_root_dir=folder,
         **options,
@@ -404,6 +409,7 @@ def fit(case: Case, folder: Path, tick: Tick, **guard_options: Any) -> None:
         trainer.fit(model, datamodule=train, ckpt_path=guard.resume_path())
     else:
         trainer.fit(model, train, case.validation(), ckpt_path=guard.resume_path())
+    return trainer
 
 
 def run_fit(

@@ -19,9 +19,9 @@ import torch
 import torch._dynamo  # optimizers import it when they are made
 import transformers
 from torch.utils.data import Dataset
-from training import _end_workers
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
+from equivalence.training import _end_workers
 from spotguard import CheckpointStore
 from spotguard.state.compare import first_difference
 from spotguard.transformers import SpotGuardTrainerCallback
@@ -38,6 +38,7 @@ class Case:
     name: str
     arguments: dict[str, Any] = field(default_factory=dict)
     stop_early: bool = False
+    every: int = 1
 
     def __str__(self) -> str:
         return self.name
@@ -53,6 +54,8 @@ class Samples(Dataset[Any]):
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if index >= self.count:
+            raise IndexError(index)
         noise = torch.randn(4) + random.random() + float(np.random.rand())
         x = torch.full((4,), float(index)) / SAMPLES + 0.1 * noise
         return {"input_ids": [index] * (index % 5 + 1), "x": x, "labels": torch.ones(2) * (index % 3)}
@@ -74,7 +77,7 @@ class Net(torch.nn.Module):
         self.layers = torch.nn.Sequential(
             torch.nn.Linear(4, 8), torch.nn.Dropout(0.3), torch.nn.LayerNorm(8), torch.nn.Linear(8, 2)
         )
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.calls = torch.nn.Buffer(torch.zeros((), dtype=torch.int64))
         self._tick, self._ledger = tick, ledger
 
     def forward(self, index: torch.Tensor, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -86,7 +89,7 @@ class Net(torch.nn.Module):
         return {"loss": torch.nn.functional.mse_loss(logits, labels), "logits": logits}
 
 
-class Ticker(TrainerCallback):  # type: ignore[misc]
+class Ticker(TrainerCallback):
     """Places of the loop outside of the model."""
 
     def __init__(self, tick: Tick) -> None:
@@ -127,7 +130,7 @@ def train(case: Case, folder: Path, tick: Tick, ledger: Callable[[int, list[int]
         "dataloader_pin_memory": False,
         "remove_unused_columns": False,
     }
-    guard = SpotGuardTrainerCallback(folder / "run", every=1, keep=2)
+    guard = SpotGuardTrainerCallback(folder / "run", every=case.every, keep=2)
     guards.append(guard)
     trainer = Trainer(
         model=model,
@@ -147,6 +150,16 @@ def settle() -> None:
     session = guards[-1]._session
     if session is not None and session.writer is not None:
         session.writer.drain()
+
+
+def kill_group(number: signal.Signals) -> None:
+    """As a scheduler does: from another process, for workers obey the one that made them."""
+    group, other = os.getpgid(0), os.fork()
+    if other == 0:
+        os.setpgid(0, 0)
+        os.killpg(group, number)
+        os._exit(0)
+    os.waitpid(other, 0)
 
 
 def run_once(
@@ -173,6 +186,8 @@ def run_once(
         os.dup2(descriptor, 2)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
         warnings.simplefilter("error")
+        # The Trainer deletes its best checkpoint for a better one, which is then made once more.
+        warnings.filterwarnings("ignore", "the Trainer's own checkpoint checkpoint-")
         torch.set_num_threads(1)
         book = os.open(folder / "ledger.jsonl", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.write(book, b"[-1, []]\n")
@@ -182,7 +197,7 @@ def run_once(
             nonlocal ticks
             if ticks == kill_at:
                 settle()
-                (os.killpg if group else os.kill)(os.getpid(), number)
+                kill_group(number) if group else os.kill(os.getpid(), number)
             ticks += 1
 
         trainer = train(case, folder, tick, lambda step, ids: (os.write(book, f"[{step}, {ids}]\n".encode()), None)[1])
@@ -215,7 +230,6 @@ def outcome(folder: Path) -> tuple[dict[str, Any], dict[int, list[list[int]]], A
     assert checkpoint.manifest.finished
     state = checkpoint.load()
     state["rank-00000"] = {name: value for name, value in state["rank-00000"].items() if name != "clocks"}
-    state["trainer"]["state"]["best_model_checkpoint"] = None  # a path in the directory of this run
     return state, ledger, torch.load(folder / "model.pt", weights_only=True)
 
 

@@ -1,15 +1,20 @@
 """A fit with Lightning, killed anywhere, ends as if it had never been touched."""
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from equivalence.fitting import CASES, Case, assert_same_fit, run_fit
 
+Record = Callable[[str, object], None]
+
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.feature)
-def test_a_fit_that_is_killed_anywhere_ends_the_same(case: Case, tmp_path: Path) -> None:
+def test_a_fit_that_is_killed_anywhere_ends_the_same(case: Case, tmp_path: Path, record_property: Record) -> None:
+    record_property("feature", [CASES.index(case), case.feature])
+    record_property("column", "SIGKILL in every batch")
     untouched = tmp_path / "untouched"
     assert run_fit(case, untouched) == 0, (untouched / "stderr.txt").read_text()
     for tick in range(int((untouched / "ticks").read_text())):
@@ -20,7 +25,11 @@ def test_a_fit_that_is_killed_anywhere_ends_the_same(case: Case, tmp_path: Path)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.feature)
-def test_a_fit_that_is_stopped_at_every_batch_ends_the_same_and_does_nothing_twice(case: Case, tmp_path: Path) -> None:
+def test_a_fit_that_is_stopped_at_every_batch_ends_the_same_and_does_nothing_twice(
+    case: Case, tmp_path: Path, record_property: Record
+) -> None:
+    record_property("feature", [CASES.index(case), case.feature])
+    record_property("column", "SIGTERM in every batch")
     untouched, folder = tmp_path / "untouched", tmp_path / "stopped"
     assert run_fit(case, untouched) == 0, (untouched / "stderr.txt").read_text()
     starts, anywhere = 0, ("train", "end of batch", "validate", "epoch")
@@ -33,3 +42,11 @@ def test_a_fit_that_is_stopped_at_every_batch_ends_the_same_and_does_nothing_twi
     assert status == 0, (folder / "stderr.txt").read_text()
     assert starts >= 7
     assert_same_fit(untouched, folder, f"SIGTERM {starts} times", once=True)
+
+
+def test_the_matrix_in_the_documentation_has_these_features_and_no_others() -> None:
+    page = (Path(__file__).parents[2] / "docs/reference/lightning.md").read_text()
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if line.startswith("| ")][1:]
+    assert rows == [case.feature for case in CASES]
+    assert "**no**" not in page
+    assert "?" not in page

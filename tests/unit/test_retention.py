@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from spotguard.checkpoint import Manifest
 from spotguard.errors import ConfigError
-from spotguard.policies import KeepAll, KeepBest, KeepNewest, KeepYoungerThan, RetentionPolicy, as_retention_policy
+from spotguard.policies import KeepAll, KeepBest, KeepNewest, KeepYoungerThan, RetentionPolicy, as_retention_policy, metrics_of
 
 NOW = dt.datetime(2026, 1, 31, tzinfo=dt.timezone.utc)
 
@@ -82,6 +82,11 @@ def test_and_keeps_what_both_keep_and_or_what_either_keeps(losses: list[float | 
     left, right = KeepBest(best, "loss"), KeepNewest(newest)
     assert set(kept(left & right, *losses)) == set(kept(left, *losses)) & set(kept(right, *losses))
     assert set(kept(left | right, *losses)) == set(kept(left, *losses)) | set(kept(right, *losses))
+
+
+def test_a_policy_tells_by_which_metrics_it_goes() -> None:
+    assert metrics_of(KeepBest(3, "loss") & KeepYoungerThan("1d") | KeepBest(2, "accuracy")) == {"loss", "accuracy"}
+    assert metrics_of(KeepNewest(3)) == set()
 
 
 def test_shorthand_is_accepted() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spotguard.errors import ConfigError
-from spotguard.policies import AutoInterval, Due, EverySeconds, EverySteps, SavePoint, as_save_policy
+from spotguard.policies import AutoInterval, Due, EveryEpochs, EverySeconds, EverySteps, SavePoint, as_save_policy
 
 
 @given(step=st.integers(0, 10**12), every=st.integers(1, 10**6))
@@ -23,6 +23,24 @@ def test_every_steps_is_due_at_the_next_multiple(step: int, every: int) -> None:
 @given(time=st.floats(0, 1e9), seconds=st.floats(0.001, 1e6))
 def test_every_seconds_is_due_so_long_after_the_last(time: float, seconds: float) -> None:
     assert EverySeconds(seconds).next_due(SavePoint(step=3, time=time)) == Due(time=time + seconds)
+
+
+@given(epoch=st.integers(0, 10**6), every=st.integers(1, 10**3))
+def test_every_epochs_is_due_at_the_end_of_the_next_multiple(epoch: int, every: int) -> None:
+    due = EveryEpochs(every).next_due(SavePoint(step=3, time=0.0, epoch=epoch))
+    assert epoch < due.epoch <= epoch + every
+    assert due.epoch % every == 0
+    assert (due.step, due.time) == (math.inf, math.inf)
+
+
+@pytest.mark.parametrize(("written", "epochs"), [("1 epoch", 1), (" 2 epochs", 2), ("10epochs", 10)])
+def test_epochs_may_be_written_as_people_write_them(written: str, epochs: int) -> None:
+    assert as_save_policy(written) == EveryEpochs(epochs)
+
+
+def test_epochs_and_steps_may_be_due_whichever_comes_first() -> None:
+    policy = EverySteps(100) | EveryEpochs(1)
+    assert policy.next_due(SavePoint(step=70, time=0.0, epoch=2)) == Due(step=100, epoch=3)
 
 
 def test_of_several_policies_the_first_that_is_due_counts() -> None:
@@ -102,6 +120,12 @@ def test_what_is_no_policy_is_refused_by_the_name_of_the_argument(every: Any) ->
 def test_a_policy_that_makes_no_sense_is_refused_when_it_is_made(make: Any, names: str) -> None:
     with pytest.raises(ConfigError, match=names):
         make()
+
+
+@pytest.mark.parametrize("epochs", [0, -1, 1.5, True, "0 epochs"])
+def test_a_number_of_epochs_that_makes_no_sense_is_refused(epochs: Any) -> None:
+    with pytest.raises(ConfigError, match="epochs"):
+        as_save_policy(epochs) if isinstance(epochs, str) else EveryEpochs(epochs)
 
 
 def test_policies_compare_and_print_by_value() -> None:

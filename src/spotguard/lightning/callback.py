@@ -134,6 +134,8 @@ class SpotGuardCallback(Callback):  # type: ignore[misc]
             return
         if trainer.fast_dev_run:
             say("fast_dev_run: nothing is saved")
+            trainer.strategy.checkpoint_io = _CheckpointIO(trainer.strategy.checkpoint_io, self._read)
+            self.close()
             return
         if self._over:
             raise ConfigError("this SpotGuardCallback has guarded a fit before; make a new one for each fit")
@@ -163,7 +165,7 @@ class SpotGuardCallback(Callback):  # type: ignore[misc]
         }
         pl_module.log_dict(values, prog_bar=True, logger=True, on_step=True, on_epoch=False, batch_size=1)
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002
         """After a stop, have the teardown hooks called that Lightning leaves out when it is left by an exception."""
         if self._fit is None or not isinstance(exception, Preempted):
             self.close()

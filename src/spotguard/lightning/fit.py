@@ -28,6 +28,13 @@ __all__ = ["MODEL", "GuardedFit"]
 MODEL = "model.ckpt"
 """Name of the shard that is a Lightning checkpoint."""
 
+_REFUSED = {
+    "StochasticWeightAveraging": "exchanges schedulers and rewrites loops while it runs, and cannot be brought back to the middle of that. "
+    "Use WeightAveraging (Lightning 2.6 and later) or an average of your own, which can",
+    "ModelPruning": "saves a model without its masks, and has no way back to them: a run that goes on would train what was pruned. "
+    "Prune behind the training, or with masks that are buffers of the model",
+}
+
 
 class GuardedFit:
     """Follows one fit.
@@ -83,9 +90,14 @@ class GuardedFit:
         if self._trainer.received_sigterm:  # Lightning heard it while it was setting up
             session.heed(PreemptionNotice(source="signal", kind="signal", detail="SIGTERM"))
         self._state = FitState(self._trainer, self._host)
-        _check_readable(self._state.checkpoint())
         if loaded is not None:
             local = loaded.payload[RANK]
+            if (step := self._epoch_loop.batch_progress.total.ready) != loaded.manifest.step:
+                raise ConfigError(
+                    f"checkpoint {loaded.manifest.id} was restored and then undone: training would go on from step {step}. Callbacks that "
+                    "train and put back what was there before do this (LearningRateFinder, BatchSizeFinder): leave them out where "
+                    "guard.resume_path() is not None"
+                )
             self._inexact = self._state.remember(loaded.payload[MODEL])
             self._state.restore_early(local)
             self.arriving = local["progress"]["kind"]
@@ -95,6 +107,15 @@ class GuardedFit:
             loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
         self.active = True
         session.begin(loaded.manifest if loaded is not None else None)
+
+    def started(self) -> None:
+        """Hooks have set up what they need: see now, and not at the first save, whether it can be saved.
+
+        Raises:
+            ConfigError: Something in the checkpoint could not be read back.
+        """
+        assert self._state is not None, "begun"
+        _check_readable(self._state.checkpoint())
 
     def end(self) -> None:
         """The fit loop has come to its end."""
@@ -131,6 +152,8 @@ class GuardedFit:
             iter(fetcher)
             if fetcher.length is None:  # it has fetched a batch, which may have drawn: that was before the checkpoint
                 restore_rng(local["rng"])
+            else:  # Lightning is about to add what it has trained, and a step may have taken several batches
+                fetcher.fetched = local["progress"]["fetched"] - self._epoch_loop.batch_progress.current.ready
         self._seen = dict(self._trainer._logger_connector._callback_metrics)
         self._told = True
         self.session.resumed(self._loaded, inexact)
@@ -193,7 +216,9 @@ class GuardedFit:
         """Everything that is saved, live."""
         assert self._state is not None, "begun"
         place = self._place()
+        fetcher = self._trainer.fit_loop._data_fetcher
         progress = {"step": place.step, "epoch": place.epoch, "batch": place.batch, "kind": self._kind}
+        progress["fetched"] = 0 if fetcher is None else fetcher.fetched
         return {
             MODEL: self._state.checkpoint(),
             RANK: {**self._state.local(), "data": self.data.state(), "progress": progress},
@@ -251,11 +276,9 @@ def check_trainer(trainer: Any, strategy_class: Any) -> None:
             "Use Trainer(devices=1)"
         )
     for callback in trainer.callbacks:
-        if any(base.__name__ == "StochasticWeightAveraging" for base in type(callback).__mro__):
-            raise ConfigError(
-                "StochasticWeightAveraging exchanges schedulers and rewrites loops while it runs, and cannot be brought back to the middle "
-                "of that. Use WeightAveraging (Lightning 2.6 and later) or an average of your own, which can"
-            )
+        for base in type(callback).__mro__:
+            if base.__name__ in _REFUSED:
+                raise ConfigError(f"{base.__name__} {_REFUSED[base.__name__]}")
     if type(trainer.strategy).load_checkpoint is not strategy_class.load_checkpoint:
         raise ConfigError(
             f"{type(trainer.strategy).__name__} writes checkpoints of its own kind, which this release cannot guard. Use Trainer(devices=1)"

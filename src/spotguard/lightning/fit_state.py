@@ -3,7 +3,6 @@
 import copy
 import importlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,17 +59,14 @@ class FitState:
                 for name, value in self._attributes().items()
                 if name not in self._at_start or first_difference(value, self._at_start[name]) is not None
             },
-            "saved_at": [[getattr(callback, name, None) for name in _SAVED_AT] for callback in self._checkpoints()],
             "trainer": {
+                "saved_at": [[getattr(callback, name, None) for name in _SAVED_AT] for callback in self._checkpoints()],
                 "should_stop": trainer.should_stop,
                 "accumulate": trainer.accumulate_grad_batches,
                 "validated": dict(epoch_loop.val_loop._seen_batches_per_dataloader),
                 **({"since_validation": now - trainer._last_val_time} if self._by_time() else {}),
-                "reloaded": [
-                    trainer.fit_loop._last_train_dl_reload_epoch,
-                    epoch_loop.val_loop._last_val_dl_reload_epoch,
-                ],
-                "validation_workers": [getattr(loader, "_iterator", None) is not None for loader in self._validation()],
+                **({"reloaded": self._reloaded()} if trainer.reload_dataloaders_every_n_epochs else {}),
+                "validation_workers": [place for place, loader in enumerate(self._validation()) if _runs(loader)],
             },
         }
 
@@ -86,6 +82,10 @@ class FitState:
         self._reference = {}
         for name, (what, saved) in self._saved(checkpoint).items():
             difference = first_difference(saved, here[name])
+            if difference is not None and not changed:  # it was given to a model that has another precision by now
+                self._give(name, saved)
+                here = self._live()
+                difference = first_difference(saved, here[name])
             self._reference[name] = saved if difference is None else copy.deepcopy(here[name])
             if difference is not None and not changed:
                 inexact.append(f"{what} did not come back as saved: {difference}")
@@ -98,8 +98,8 @@ class FitState:
     def restore(self, checkpoint: dict[str, Any], local: dict[str, Any]) -> list[str]:
         """Put everything back that is not as it was; returns what could not be, in words. Generators come last.
 
-        Lightning has restored the checkpoint a while ago. Hooks that ran since (``on_train_start``, say) may have changed the state, or begun
-        afresh what had been restored.
+        Lightning has restored the checkpoint a while ago. Hooks that ran since (``on_train_start``, say) may have changed the state, or
+        begun afresh what had been restored.
         """
         inexact = self._prove(checkpoint)
         self._start_workers(local["trainer"]["validation_workers"])
@@ -110,7 +110,7 @@ class FitState:
         inexact += restore_metrics(module, local["metrics"])
         for name, value in local["attributes"].items():
             setattr(module, name, copy.deepcopy(value))
-        for callback, values in zip(self._checkpoints(), local["saved_at"], strict=False):
+        for callback, values in zip(self._checkpoints(), local["trainer"]["saved_at"], strict=False):
             for name, value in zip(_SAVED_AT, values, strict=True):
                 setattr(callback, name, value)
         self.restore_early(local)
@@ -119,35 +119,39 @@ class FitState:
         epoch_loop.val_loop._seen_batches_per_dataloader.update(saved["validated"])
         if self._by_time() and "since_validation" in saved:
             trainer._last_val_time = time.monotonic() - saved["since_validation"]
-        trainer.fit_loop._last_train_dl_reload_epoch, epoch_loop.val_loop._last_val_dl_reload_epoch = saved["reloaded"]
+        if "reloaded" in saved:
+            trainer.fit_loop._last_train_dl_reload_epoch, epoch_loop.val_loop._last_val_dl_reload_epoch = saved[
+                "reloaded"
+            ]
         return inexact + restore_rng(local["rng"])
 
     def _prove(self, checkpoint: dict[str, Any]) -> list[str]:
         """Compare what there is with what was restored, and give once more what differs; returns what then still does, in words."""
-        strategy, trainer = self._trainer.strategy, self._trainer
         assert self._reference is not None, "remembered"
-        strict = trainer.lightning_module.strict_loading
-        give: dict[str, Callable[[Any], Any]] = {
-            "model": lambda saved: strategy.load_model_state_dict({"state_dict": saved}, strict=strict),
-            "optimizers": lambda saved: strategy.load_optimizer_state_dict({"optimizer_states": saved}),
-            "schedulers": lambda saved: [
-                config.scheduler.load_state_dict(state)
-                for config, state in zip(trainer.lr_scheduler_configs, saved, strict=True)
-            ],
-        }
         inexact = []
         for name, reference in self._reference.items():
             if first_difference(reference, self._live()[name]) is not None:
-                give[name](copy.deepcopy(reference))
+                self._give(name, reference)
                 if (difference := first_difference(reference, self._live()[name])) is not None:
                     inexact.append(
                         f"{name}: changed on the way to the checkpoint, and not to be put back: {difference}"
                     )
         self._reference = None  # release memory
-        for optimizer in trainer.optimizers:
+        for optimizer in self._trainer.optimizers:
             # Schedulers warn when they step before their optimizer did; this one has stepped, in an earlier process.
             optimizer._opt_called = True
         return inexact + self._prove_callbacks(checkpoint["callbacks"])
+
+    def _give(self, name: str, saved: Any) -> None:
+        """Load one part of what `_saved` names."""
+        strategy, strict, saved = self._trainer.strategy, self._trainer.lightning_module.strict_loading, copy.deepcopy(saved)
+        if name == "model":
+            strategy.load_model_state_dict({"state_dict": saved}, strict=strict)
+        elif name == "optimizers":
+            strategy.load_optimizer_state_dict({"optimizer_states": saved})
+        else:
+            for config, state in zip(self._trainer.lr_scheduler_configs, saved, strict=True):
+                config.scheduler.load_state_dict(state)
 
     def _prove_callbacks(self, states: dict[str, Any]) -> list[str]:
         by_key = {callback.state_key: callback for callback in self._trainer.callbacks}
@@ -159,6 +163,8 @@ class FitState:
                 continue
             if not self._overridden("state_dict", callback, self._parent(callback)):
                 continue
+            if _tells_time(callback):
+                continue
             if first_difference(saved, callback.state_dict()) is not None:
                 callback.load_state_dict(copy.deepcopy(saved))
             here = callback.state_dict()
@@ -169,7 +175,7 @@ class FitState:
                 )
                 continue
             for name, value in saved.items():  # some of Lightning's own tell more than they take back
-                if hasattr(callback, name) and first_difference(value, here.get(name)) is not None:
+                if name in vars(callback) and first_difference(value, here.get(name)) is not None:
                     setattr(callback, name, copy.deepcopy(value))
             if (difference := first_difference(saved, callback.state_dict())) is not None:
                 inexact.append(f"the callback {key} did not come back as it was saved: {difference}")
@@ -208,6 +214,10 @@ class FitState:
         over = epoch_loop._accumulated_batches_reached() or epoch_loop._num_ready_batches_reached()
         return not (clears and over)
 
+    def _reloaded(self) -> list[float]:
+        fit_loop = self._trainer.fit_loop
+        return [fit_loop._last_train_dl_reload_epoch, fit_loop.epoch_loop.val_loop._last_val_dl_reload_epoch]
+
     def _by_time(self) -> bool:
         """Whether validation is due by the clock (Lightning 2.6 and later)."""
         return getattr(self._trainer, "_val_check_time_interval", None) is not None
@@ -219,16 +229,31 @@ class FitState:
         combined = self._trainer.fit_loop.epoch_loop.val_loop._combined_loader
         return list(combined.flattened) if combined is not None else []
 
-    def _start_workers(self, were_running: list[bool]) -> None:
+    def _start_workers(self, running: list[int]) -> None:
         """Persistent workers of validation draw a seed when they start, and never again: have them running as they were."""
-        for loader, running in zip(self._validation(), were_running, strict=False):
-            if running and getattr(loader, "persistent_workers", False) and loader._iterator is None:
+        if running and not self._validation():
+            self._trainer.validating = True
+            self._trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            self._trainer.training = True
+        for place, loader in enumerate(self._validation()):
+            if place in running and not _runs(loader):
                 iter(loader)
 
     def _attributes(self) -> dict[str, Any]:
         """Attributes of the LightningModule that are plain data: ``self.outputs = []``, a counter."""
         found = vars(self._trainer.lightning_module)
         return {name: value for name, value in found.items() if name not in self._known and _is_plain(value)}
+
+
+def _runs(loader: Any) -> bool:
+    """Whether it has persistent workers, and they are running."""
+    return bool(getattr(loader, "persistent_workers", False)) and loader._iterator is not None
+
+
+def _tells_time(callback: Any) -> bool:
+    """Whether the state of a callback is never twice the same, as that of a `Timer`."""
+    timer = any(base.__name__ == "Timer" for base in type(callback).__mro__)
+    return timer or first_difference(callback.state_dict(), callback.state_dict()) is not None
 
 
 def _is_plain(value: Any, depth: int = 0) -> bool:

@@ -136,8 +136,9 @@ class TrainingData:
         for loader in self._loaders:
             samplers = (getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
             for sampler in (*samplers, getattr(samplers[1], "sampler", None)):
-                if callable(getattr(sampler, "set_epoch", None)):
-                    sampler.set_epoch(epoch)
+                tell = getattr(sampler, "set_epoch", None)
+                if callable(tell):
+                    tell(epoch)
 
     def state(self) -> list[Any]:
         """Where every loader is, seen at a step boundary."""

@@ -4,21 +4,31 @@ The classes of loops that exist already are exchanged for subclasses: callback h
 batch has been fetched, and neither is a place to go on from.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spotguard.lightning.fit import GuardedFit
 from spotguard.lightning.loaders import shield_workers
 
 __all__ = ["guard_loops"]
 
+if TYPE_CHECKING:
+    Loop: Any = object  # the class of the loop that is being guarded comes behind ours when they are joined
+else:
+    Loop = object
 
-class _FitLoop:
+
+class _FitLoop(Loop):  # type: ignore[misc]
     def run(self) -> Any:
         callback = self._callback
         if callback not in self.trainer.callbacks:  # a search for the learning rate, say, which is no part of the run
             return super().run()
         with callback.guarding(self._guard):
             return super().run()
+
+    def on_run_start(self) -> None:
+        super().on_run_start()
+        if self._guard.active:
+            self._guard.started()
 
     @property
     def done(self) -> bool:
@@ -52,11 +62,11 @@ class _FitLoop:
         if not self._guard.active:
             super()._load_combined_loader_states()
             return
-        self._combined_loader_states_to_load = []
+        self._combined_loader_states_to_load: list[Any] = []
         self._combined_loader.flattened = self._guard.data.guard(self._combined_loader.flattened)
 
 
-class _EpochLoop:
+class _EpochLoop(Loop):  # type: ignore[misc]
     def reset(self) -> None:
         if self._guard.arriving is None:
             super().reset()
@@ -92,7 +102,7 @@ class _EpochLoop:
             guard.after_validation()
 
 
-class _ValidationLoop:
+class _ValidationLoop(Loop):  # type: ignore[misc]
     def setup_data(self) -> None:
         super().setup_data()
         if self._combined_loader is not None:

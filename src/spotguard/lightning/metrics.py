@@ -1,7 +1,7 @@
 """What has been logged so far: accumulators of ``self.log``, metric objects, and the metrics that callbacks read.
 
-Lightning saves none of it. Without it the mean of an epoch that was interrupted is the mean of its second part, a plateau scheduler finds no
-metric, and `EarlyStopping` looks at nothing.
+Lightning saves none of it. Without it the mean of an epoch that was interrupted is the mean of its second part, a plateau scheduler
+finds no metric, and `EarlyStopping` looks at nothing.
 """
 
 import importlib
@@ -12,8 +12,8 @@ from torchmetrics import Metric
 
 __all__ = ["capture_logged", "capture_metrics", "restore_logged", "restore_metrics"]
 
-_META = ("fx", "name", "prog_bar", "logger", "on_step", "on_epoch", "enable_graph", "add_dataloader_idx")
-_META += ("dataloader_idx", "metric_attribute")
+_LOGGING = ("prog_bar", "logger", "on_step", "on_epoch", "enable_graph")
+_META = ("fx", "name", *_LOGGING, "add_dataloader_idx", "dataloader_idx", "metric_attribute")
 _KEPT = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics", "_current_fx", "_first_loop_iter")
 
 
@@ -42,6 +42,7 @@ def capture_logged(trainer: Any) -> dict[str, Any]:
             "rank_zero_only": item.meta.sync.rank_zero_only,
             "is_tensor": item.is_tensor,
             "has_reset": item.has_reset,
+            "double": item.is_tensor and item._defaults["value"].dtype is torch.float64,
             "state": _metric(item) if item.is_tensor else None,
         }
         for key, item in trainer.fit_loop.epoch_loop._results.items()
@@ -59,6 +60,8 @@ def restore_logged(trainer: Any, host: str, saved: dict[str, Any]) -> None:
         meta = made._Metadata(**item["meta"], reduce_fx=getattr(torch, item["reduce"]))
         meta.sync = made._Sync(fn=trainer.strategy.reduce, _should=item["sync"], rank_zero_only=item["rank_zero_only"])
         metric = made._ResultMetric(meta, item["is_tensor"])
+        if item["double"]:  # made where double precision was the default
+            metric._defaults["value"] = metric._defaults["value"].double()
         if item["is_tensor"]:
             _put(metric, item["state"], device)
         else:

@@ -95,7 +95,7 @@ def _compare_rest(left: dict[str, Any], right: dict[str, Any], leave_out: Mappin
     for tree in (left, right):
         for data in tree["data"] if isinstance(tree["data"], list) else [tree["data"]]:
             _forget(data, leave_out)
-    for part in sorted({*left, *right} - {"rng"}):
+    for part in sorted({*left, *right} - {"rng", "clocks"}):
         difference = first_difference(left.get(part), right.get(part))
         yield Compared(_PARTS.get(part, part), difference is None, difference or "")
 

@@ -49,8 +49,8 @@ class TrainingBatches:
         else:
             warn_inexact(
                 f"a {type(self._base).__name__} over {type(getattr(self._base, 'dataset', None)).__name__} cannot be resumed by index: the "
-                "Trainer reads it again from its start and throws away what was trained. That is exact only if it yields the same data each "
-                "time and draws no random numbers. A map-style dataset has neither limit"
+                "Trainer reads it again from its start and throws away what was trained. That is exact only if it yields the same data "
+                "each time and draws no random numbers. A map-style dataset has neither limit"
             )
 
     def load(self, saved: dict[str, Any], batch: int) -> list[str]:
@@ -136,10 +136,14 @@ class _Stream(IndexStream):
         if target is not None:
             restore_rng(target["start"]["rng"])
             tracked.set_generators(target["start"]["generators"])
-        if (
-            self._began_at is None or not self._persistent
-        ):  # a loader with workers asks twice, and draws a seed for them in between
-            self._began_at = {"rng": capture_rng(), "generators": tracked.generators()}
+            _put_values(self._inner, target["start"]["values"])
+        # A loader with workers asks twice when it makes them, and draws a seed for them in between.
+        if self._began_at is None or not self._persistent:
+            self._began_at = {
+                "rng": capture_rng(),
+                "generators": tracked.generators(),
+                "values": _values(self._inner),
+            }
         # iter() here and now: a sampler may draw its permutation in __iter__, before the loader draws the seed of its workers.
         return self._draw_from(iter(self._inner))
 
@@ -158,25 +162,20 @@ class _Stream(IndexStream):
         start, self._began_at = self._began_at, None
         assert start is not None, "__iter__ comes first"
         tracked = self._tracked
-        values = _values(self._inner)
         if target is not None:
             # On the way here the loader has drawn a seed for its workers, or the Trainer's loader that skips has drawn it too early.
-            restore_rng(target["first"]["rng"])
-            tracked.set_generators(target["first"]["generators"])
-            if changed := sorted(name for name, value in target["values"].items() if values.get(name) != value):
-                warn_inexact(
-                    f"{', '.join(changed)} differs from the checkpoint: a sampler that keeps a state of its own does not get it back. "
-                    "Give it a method set_epoch(), which the Trainer calls"
-                )
+            rng, generators = target["start"]["drawing"]
+            restore_rng(rng)
+            tracked.set_generators(generators)
         elif self._persistent:
             # Workers that live on draw their seed in the first pass of a process only: in any other pass it must not count.
             restore_rng(start["rng"])
             tracked.set_generators(start["generators"])
-        first = {"rng": capture_rng(), "generators": tracked.generators()}
-        self._pass = {"start": start, "first": first, "values": values}
+        start["drawing"] = [capture_rng(), tracked.generators()]
+        self._pass = {"start": start}
         self._fetched.clear()
         again = target["fetched"] if target is not None else {}
-        seed = int(fingerprint([start["rng"]["torch"], start["generators"], values])[:16], 16)
+        seed = int(fingerprint([start["rng"]["torch"], start["generators"], start["values"]])[:16], 16)
         position = 0
         for number, drawn in enumerate(draws):
             if tracked.workers:
@@ -189,17 +188,28 @@ class _Stream(IndexStream):
             yield drawn
 
 
-def _values(sampler: Any) -> dict[str, Any]:
-    """Plain attributes of a batch sampler and the samplers in it, such as a seed, or a count of epochs."""
-    found: dict[str, Any] = {}
-    for _ in range(4):
+def _chain(sampler: Any) -> Iterator[tuple[str, Any]]:
+    """A batch sampler and the samplers in it, with a name for each."""
+    for depth in range(4):
         if sampler is None:
-            break
-        for name, value in getattr(sampler, "__dict__", {}).items():
-            if type(value) in (bool, int, float, str):
-                found[f"{type(sampler).__name__}.{name}"] = value
+            return
+        yield f"{depth} {type(sampler).__name__}", sampler
         sampler = getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None)
-    return found
+
+
+def _values(sampler: Any) -> dict[str, Any]:
+    """Numbers that samplers keep, such as a seed, or a count of epochs."""
+    return {
+        name: {key: value for key, value in vars(part).items() if type(value) in (bool, int, float)}
+        for name, part in _chain(sampler)
+        if hasattr(part, "__dict__")
+    }
+
+
+def _put_values(sampler: Any, saved: dict[str, Any]) -> None:
+    for name, part in _chain(sampler):
+        for key, value in saved.get(name, {}).items():
+            setattr(part, key, value)
 
 
 def shield_workers(trainer: Any, undo: contextlib.ExitStack) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ __all__ = ["TrainerRecord"]
 
 # Of this start, not of the run.
 _OF_THIS_START = {"max_steps", "num_train_epochs", "is_local_process_zero", "is_world_process_zero"}
-_OF_THIS_START |= {"is_hyper_param_search", "trial_name", "trial_params", "stateful_callbacks"}
+_OF_THIS_START |= {"is_hyper_param_search", "trial_name", "trial_params"}
+_KEPT_APART = {"log_history", "stateful_callbacks", "best_model_checkpoint"}
 _COUNTERS = ("_total_loss_scalar", "_globalstep_last_logged", "_initial_global_step", "current_flos")
 
 
@@ -28,6 +30,7 @@ class TrainerRecord:
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._callbacks: dict[str, Any] = {}
+        self._lost: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and one tensor."""
@@ -36,6 +39,7 @@ class TrainerRecord:
         loss = getattr(trainer, "_tr_loss", None)
         return {
             "state": {**_plain(self._fields()), "log_history": [_timeless(line) for line in self._log()]},
+            "best": self._best(),
             "counters": _plain(counters),
             "loss": loss.detach() if isinstance(loss, torch.Tensor) else None,
             "callbacks": _plain(self._exported()),
@@ -44,11 +48,11 @@ class TrainerRecord:
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Take it back, where the trainer of this release keeps it."""
         trainer, state = self._trainer, self._trainer.state
-        best = state.best_model_checkpoint
         for name, value in saved["state"].items():
             if hasattr(state, name):
                 setattr(state, name, value)
-        state.best_model_checkpoint = best  # the Trainer has looked whether it is still there
+        state.best_model_checkpoint = self._found(saved["best"])
+        self._lost = saved["best"] if state.best_model_checkpoint is None else None
         state.log_history = [dict(line) for line in saved["state"]["log_history"]]
         if saved["loss"] is not None and isinstance(getattr(trainer, "_tr_loss", None), torch.Tensor):
             trainer._tr_loss = saved["loss"].to(trainer.args.device, copy=True)  # noqa: SLF001
@@ -57,7 +61,11 @@ class TrainerRecord:
         else:  # the loss since the last line is a local variable of the loop: lines count from here on
             trainer._globalstep_last_logged = state.global_step  # noqa: SLF001
         self._callbacks = saved["callbacks"]
-        state.stateful_callbacks = json.loads(json.dumps(saved["callbacks"]))
+        control = trainer.control  # the Trainer looks for it when it saves; its flags are those of this start
+        state.stateful_callbacks = {
+            **json.loads(json.dumps(saved["callbacks"])),
+            type(control).__name__: control.state(),
+        }
         self.restore_callbacks()
 
     def restore_callbacks(self) -> None:
@@ -88,7 +96,13 @@ class TrainerRecord:
     def to_resume_from(self, saved: Mapping[str, Any], clocks: list[dict[str, Any]]) -> dict[str, Any]:
         """What ``trainer_state.json`` has to say for the Trainer to begin where the checkpoint was made."""
         lines = [{**line, **values} for line, values in zip(saved["state"]["log_history"], clocks, strict=True)]
-        return {**saved["state"], "log_history": lines, "stateful_callbacks": saved["callbacks"]}
+        best, callbacks = self._found(saved["best"]), saved["callbacks"]
+        return {
+            **saved["state"],
+            "log_history": lines,
+            "stateful_callbacks": callbacks,
+            "best_model_checkpoint": best,
+        }
 
     def settle(self) -> None:
         """The Trainer has counted the last part of the loss into the total: it must not be counted once more."""
@@ -100,10 +114,17 @@ class TrainerRecord:
         del self._trainer.state.log_history[-1:]
 
     def _fields(self) -> dict[str, Any]:
-        fields = {field.name for field in dataclasses.fields(self._trainer.state)} - _OF_THIS_START - {"log_history"}
-        found = {name: getattr(self._trainer.state, name) for name in sorted(fields)}
-        best = found.get("best_model_checkpoint")
-        return {**found, "best_model_checkpoint": best if best is None else os.fspath(best)}
+        fields = {field.name for field in dataclasses.fields(self._trainer.state)} - _OF_THIS_START - _KEPT_APART
+        return {name: getattr(self._trainer.state, name) for name in sorted(fields)}
+
+    def _best(self) -> str | None:
+        """The Trainer's own best checkpoint, seen from its output directory, which may have another name at the next start."""
+        best = self._trainer.state.best_model_checkpoint
+        return self._lost if best is None else os.path.relpath(best, self._trainer.args.output_dir)
+
+    def _found(self, best: str | None) -> str | None:
+        path = None if best is None else Path(self._trainer.args.output_dir, best)
+        return str(path) if path is not None and path.is_dir() else None
 
     def _log(self) -> list[dict[str, Any]]:
         return self._trainer.state.log_history or []
@@ -117,7 +138,7 @@ class TrainerRecord:
     def _exported(self) -> dict[str, Any]:
         """In the form of ``TrainerState.stateful_callbacks``."""
         found: dict[str, Any] = {}
-        for teller in (*self._tellers(), self._trainer.control):
+        for teller in self._tellers():
             name, told = type(teller).__name__, teller.state()
             found[name] = [*_listed(found[name]), told] if name in found else told
         return found
