@@ -40,9 +40,7 @@ class Sums(Dataset[dict[str, Any]]):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a small GPT-2 to add numbers below 50.")
-    parser.add_argument(
-        "run", nargs="?", default="runs/sums", help="where checkpoints are kept (default: %(default)s)"
-    )
+    parser.add_argument("run", nargs="?", default="runs/sums", help="where checkpoints are kept (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument(
         "--workers", type=int, default=0, help="worker processes of the data loader (default: %(default)s)"

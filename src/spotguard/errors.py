@@ -115,17 +115,15 @@ class FencedError(SpotguardError, RuntimeError):
 class MissingExtraError(SpotguardError, ImportError):
     """An adapter needs a package that is not there, or is there in a release that it was not made for.
 
-    Args:
-        extra: Name of the extra that brings it.
-        what: What is wrong.
-
     Example:
-        >>> print(MissingExtraError("lightning", "pytorch_lightning is not installed"))
+        >>> print(MissingExtraError.of("lightning", "pytorch_lightning is not installed"))
         pytorch_lightning is not installed: pip install 'spotguard[lightning]'
     """
 
-    def __init__(self, extra: str, what: str) -> None:
-        super().__init__(f"{what}: pip install 'spotguard[{extra}]'")
+    @classmethod
+    def of(cls, extra: str, what: str) -> "MissingExtraError":
+        """What is wrong, and which extra mends it."""
+        return cls(f"{what}: pip install 'spotguard[{extra}]'")
 
 
 class InexactResumeWarning(UserWarning):

@@ -52,7 +52,7 @@ _PARTS = (
 def _check_release(name: str) -> None:
     version = sys.modules[name].__version__
     if not _OLDEST <= tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < _BELOW:
-        raise MissingExtraError("lightning", f"{name} {version} is installed, spotguard.fabric needs >=2.2,<2.7")
+        raise MissingExtraError.of("lightning", f"{name} {version} is installed, spotguard.fabric needs >=2.2,<2.7")
 
 
 def _require() -> None:
@@ -63,7 +63,7 @@ def _require() -> None:
             loaded = [name]
             break
     if not loaded:
-        raise MissingExtraError("lightning", "lightning_fabric is not installed")
+        raise MissingExtraError.of("lightning", "lightning_fabric is not installed")
     for name in loaded:
         _check_release(name)
 

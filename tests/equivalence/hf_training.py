@@ -83,7 +83,7 @@ class Net(torch.nn.Module):
     def forward(self, index: torch.Tensor, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         self._tick()
         if self.training:
-            self.calls += 1
+            self.calls.add_(1)
             self._ledger(index.tolist())
         logits = self.layers(x)
         return {"loss": torch.nn.functional.mse_loss(logits, labels), "logits": logits}

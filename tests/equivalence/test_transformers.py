@@ -19,6 +19,7 @@ EVERY_STEP = [
 ]
 SAMPLED = [
     Case("persistent-workers", {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}),
+    Case("accumulation-with-a-rest", {"gradient_accumulation_steps": 4, "num_train_epochs": 4}),
     Case("evaluation-with-workers", {"eval_strategy": "epoch", "eval_on_start": True, "dataloader_num_workers": 2}),
     Case(
         "best-model-and-early-stopping",
@@ -88,7 +89,7 @@ def test_kills_at_sampled_places_of_further_trainings(case: Case, tmp_path: Path
     untouched, ticks = untouched_run(case, tmp_path)
     for tick, number in zip(range(2, ticks, 5), itertools.cycle([signal.SIGKILL, signal.SIGTERM])):
         folder = tmp_path / f"kill-{tick}"
-        status = run_once(case, folder, kill_at=tick, number=number)
+        status = run_once(case, folder, kill_at=tick, number=number, group=number == signal.SIGTERM)
         assert status in (-signal.SIGKILL, 143, 0), (folder / "stderr.txt").read_text()
         if status != 0:
             finish(case, folder)

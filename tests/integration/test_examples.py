@@ -19,7 +19,6 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.mark.parametrize(
     "command",
     [
-        ["lightning_digits/train.py", "--epochs", "2"],
         ["lightning_digits/train.py", "--epochs", "2", "--workers", "1"],
         ["from_modelcheckpoint/after.py", "--epochs", "3"],
     ],

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from spotguard.checkpoint import Manifest
 from spotguard.errors import ConfigError
-from spotguard.policies import KeepAll, KeepBest, KeepNewest, KeepYoungerThan, RetentionPolicy, as_retention_policy, metrics_of
+from spotguard.policies import (
+    KeepAll,
+    KeepBest,
+    KeepNewest,
+    KeepYoungerThan,
+    RetentionPolicy,
+    as_retention_policy,
+    metrics_of,
+)
 
 NOW = dt.datetime(2026, 1, 31, tzinfo=dt.timezone.utc)
 

@@ -16,7 +16,7 @@ _OLDEST, _BELOW = (2, 2), (2, 7)
 
 def _hosts() -> list[ModuleType]:
     """Those that are loaded already; where none is, the first that is installed."""
-    loaded = [sys.modules[name] for name in _NAMES if name in sys.modules]
+    loaded = [module for module in map(sys.modules.get, _NAMES) if module is not None]
     for name in () if loaded else _NAMES:
         try:
             loaded = [importlib.import_module(name)]
@@ -24,7 +24,7 @@ def _hosts() -> list[ModuleType]:
             continue
         break
     if not loaded:
-        raise MissingExtraError("lightning", "neither lightning nor pytorch_lightning is installed")
+        raise MissingExtraError.of("lightning", "neither lightning nor pytorch_lightning is installed")
     for module in loaded:
         check_release(module.__name__, module.__version__)
     return loaded
@@ -38,7 +38,7 @@ def check_release(name: str, version: str) -> None:
     """
     found = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
     if not _OLDEST <= found < _BELOW:
-        raise MissingExtraError("lightning", f"{name} {version} is installed, spotguard.lightning needs >=2.2,<2.7")
+        raise MissingExtraError.of("lightning", f"{name} {version} is installed, spotguard.lightning needs >=2.2,<2.7")
 
 
 def base_class() -> Any:

@@ -109,6 +109,7 @@ class SpotGuardCallback(Callback):  # type: ignore[misc]
         if self._fit is None or self._session is None or not self._fit.active:
             raise ConfigError("save_now() works while Trainer.fit runs only")
         asked = {str(name): float(value) for name, value in dict(metrics or {}).items()}
+        self._fit.measures |= asked.keys()
         self._session.saver.requested = {**(self._session.saver.requested or {}), **asked}
         self._session.raise_alert()
 
@@ -134,7 +135,7 @@ class SpotGuardCallback(Callback):  # type: ignore[misc]
             return
         if trainer.fast_dev_run:
             say("fast_dev_run: nothing is saved")
-            trainer.strategy.checkpoint_io = _CheckpointIO(trainer.strategy.checkpoint_io, self._read)
+            trainer.strategy.checkpoint_io = _CheckpointIO(trainer.strategy.checkpoint_io, self._read_without_place)
             self.close()
             return
         if self._over:
@@ -215,6 +216,11 @@ class SpotGuardCallback(Callback):  # type: ignore[misc]
         self._handed = True
         # A copy: optimizers take over the very tensors they are given, and hooks may change what they are shown.
         return copy.deepcopy(self._loaded.payload[MODEL])  # type: ignore[no-any-return]
+
+    def _read_without_place(self, path: Any) -> dict[str, Any] | None:
+        """For a single batch the model will do: behind the place of the checkpoint there may be none left."""
+        found = self._read(path)
+        return None if found is None else {name: value for name, value in found.items() if name != "loops"}
 
     def _trees(self) -> Mapping[str, Any]:
         assert self._fit is not None, "setup() comes first"

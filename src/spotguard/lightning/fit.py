@@ -11,6 +11,8 @@ At each of them all loops hold consistent counters, so that Lightning's own repa
 release, is not needed: the loops go on as if they had never been left.
 """
 
+import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,6 +51,7 @@ class GuardedFit:
         arriving: Where it has to go on: ``"batch"``, ``"validation"`` or ``"epoch"``; None once it is there.
         data: Where it is in its training data.
         just_arrived: The place of the checkpoint has been reached, and no batch been trained since.
+        measures: Names of the metrics that there have been.
     """
 
     def __init__(self, trainer: Any, host: str, wanted: frozenset[str]) -> None:
@@ -61,8 +64,9 @@ class GuardedFit:
         self._inexact: list[str] = []
         self._boundaries = 0
         self._kind = "epoch"
-        self._epoch_over = self._told = False
+        self._epoch_over = self._told = self._validated = False
         self._seen: dict[str, Any] = {}
+        self.measures: set[str] = set()
         self.data = TrainingData(lambda: self._epoch_loop.batch_progress.total.ready, self._fetched_ahead)
 
     @property
@@ -102,9 +106,9 @@ class GuardedFit:
             self._state.restore_early(local)
             self.arriving = local["progress"]["kind"]
             self.data.load(local["data"])
-        # Lightning would repair its counters now, as for a checkpoint of its own. Ours need no repair.
-        for loop in self._loops():
-            loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
+            # Lightning would repair its counters now, as for a checkpoint of its own. Ours need no repair.
+            for loop in self._loops():
+                loop._restarting = loop._loaded_from_state_dict = loop._resuming_from_checkpoint = False
         self.active = True
         session.begin(loaded.manifest if loaded is not None else None)
 
@@ -113,9 +117,13 @@ class GuardedFit:
 
         Raises:
             ConfigError: Something in the checkpoint could not be read back.
+            Preempted: A notice has come, and nothing has been trained yet.
         """
         assert self._state is not None, "begun"
         _check_readable(self._state.checkpoint())
+        assert self.session is not None, "begun"
+        if (notice := self.session.notice()) is not None:
+            self.session.leave(notice, time.monotonic())
 
     def end(self) -> None:
         """The fit loop has come to its end."""
@@ -185,6 +193,7 @@ class GuardedFit:
         """The validation is over."""
         assert self.session is not None, "begun"
         self.session.saver.release()
+        self._validated = True
         self.measured()
 
     def epoch_over(self) -> None:
@@ -192,6 +201,14 @@ class GuardedFit:
         self._epoch_over = True
         self.data.new_epoch()
         self.measured()
+        missing = self._wanted - self.measures
+        if missing and (self._validated or not self._trainer.enable_validation):
+            self.measures |= missing  # told once
+            warnings.warn(
+                f"keep= goes by {', '.join(sorted(missing))}, which nothing has logged so far: checkpoints without it are never among "
+                f"the best. There is {', '.join(sorted(self._seen)) or 'no metric at all'}",
+                stacklevel=2,
+            )
 
     def next_epoch(self) -> None:
         """The head of an epoch."""
@@ -207,6 +224,7 @@ class GuardedFit:
         found = dict(self._trainer.callback_metrics) if self._wanted else {}
         fresh = {name: value for name, value in found.items() if value is not self._seen.get(name)}
         self._seen = found
+        self.measures |= found.keys()
         if self._wanted & fresh.keys():
             numbers = {name: float(value) for name, value in fresh.items() if value.numel() == 1}
             self.session.saver.requested = {**(self.session.saver.requested or {}), **numbers}

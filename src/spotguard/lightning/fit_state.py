@@ -144,7 +144,11 @@ class FitState:
 
     def _give(self, name: str, saved: Any) -> None:
         """Load one part of what `_saved` names."""
-        strategy, strict, saved = self._trainer.strategy, self._trainer.lightning_module.strict_loading, copy.deepcopy(saved)
+        strategy, strict, saved = (
+            self._trainer.strategy,
+            self._trainer.lightning_module.strict_loading,
+            copy.deepcopy(saved),
+        )
         if name == "model":
             strategy.load_model_state_dict({"state_dict": saved}, strict=strict)
         elif name == "optimizers":

@@ -1,5 +1,7 @@
 """The training loaders, followed and brought back to their place."""
 
+import contextlib
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -7,9 +9,9 @@ from spotguard.errors import StateMismatchError
 from spotguard.state.data import DataTracker
 from spotguard.state.samples import worker_init
 
-__all__ = ["GuardedLoader", "TrainingData", "shield_workers"]
+__all__ = ["GuardedLoader", "TrainingData", "shield_workers", "starting_workers"]
 
-_OURS = ("_guarded", "_data", "_tracker", "_exhausted", "taken")
+_OURS = ("_guarded", "_data", "_tracker", "_exhausted", "_begun", "taken")
 
 
 class GuardedLoader:
@@ -26,7 +28,7 @@ class GuardedLoader:
 
     def __init__(self, loader: Any, tracker: DataTracker, data: "TrainingData") -> None:
         self._guarded, self._tracker, self._data = loader, tracker, data
-        self._exhausted = False
+        self._exhausted = self._begun = False
         self.taken = 0
 
     @property  # type: ignore[misc]
@@ -62,7 +64,7 @@ class GuardedLoader:
         batches = tracker.iterate(self._guarded, step=self._data.step(), restore=lambda: None)
         while batches is None:  # a pass that was complete at the checkpoint
             batches = tracker.iterate(self._guarded, step=self._data.step(), restore=lambda: None)
-        self._exhausted, self.taken = False, tracker.batch
+        self._exhausted, self._begun, self.taken = False, False, tracker.batch
         return self._follow(batches)
 
     def _follow(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -70,7 +72,9 @@ class GuardedLoader:
             if self._data.fetches_ahead():
                 self._tracker.behind = self._tracker.own_state()
             try:
-                batch = next(batches)
+                with starting_workers([] if self._begun else [self._guarded]):
+                    batch = next(batches)
+                self._begun = True
             except StopIteration:
                 self._exhausted = True
                 return
@@ -154,3 +158,19 @@ def shield_workers(loaders: list[Any]) -> None:
     for loader in loaders:
         if getattr(loader, "num_workers", 0) and not isinstance(loader.worker_init_fn, worker_init):
             loader.worker_init_fn = worker_init(loader.worker_init_fn)
+
+
+@contextlib.contextmanager
+def starting_workers(loaders: list[Any]) -> Iterator[None]:
+    """Where workers may be started: they begin with signals held back, for until they are set up a signal to the group would end them.
+
+    This process goes on hearing signals, in another thread.
+    """
+    if not any(getattr(loader, "num_workers", 0) for loader in loaders):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

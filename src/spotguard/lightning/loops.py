@@ -7,7 +7,7 @@ batch has been fetched, and neither is a place to go on from.
 from typing import TYPE_CHECKING, Any
 
 from spotguard.lightning.fit import GuardedFit
-from spotguard.lightning.loaders import shield_workers
+from spotguard.lightning.loaders import shield_workers, starting_workers
 
 __all__ = ["guard_loops"]
 
@@ -23,6 +23,7 @@ class _FitLoop(Loop):  # type: ignore[misc]
         if callback not in self.trainer.callbacks:  # a search for the learning rate, say, which is no part of the run
             return super().run()
         with callback.guarding(self._guard):
+            self._combined_loader: Any = None  # such a search may have set up loaders, which are not followed
             return super().run()
 
     def on_run_start(self) -> None:
@@ -56,11 +57,11 @@ class _FitLoop(Loop):  # type: ignore[misc]
         )  # what loaders say of themselves is one batch ahead where batches are fetched ahead
         return {} if guarded else super().on_save_checkpoint()
 
-    def _load_combined_loader_states(
-        self,
-    ) -> None:  # called once the loaders are set up, and before they are iterated over
+    def _load_combined_loader_states(self) -> None:
+        # Called once the loaders are set up, and before they are iterated over. Our checkpoints hold none of these states; one of
+        # Lightning's own, which a new run begins at, may.
+        super()._load_combined_loader_states()
         if not self._guard.active:
-            super()._load_combined_loader_states()
             return
         self._combined_loader_states_to_load: list[Any] = []
         self._combined_loader.flattened = self._guard.data.guard(self._combined_loader.flattened)
@@ -103,10 +104,23 @@ class _EpochLoop(Loop):  # type: ignore[misc]
 
 
 class _ValidationLoop(Loop):  # type: ignore[misc]
+    def run(self) -> Any:
+        try:
+            return super().run()
+        except SystemExit:
+            # Lightning leaves a sanity check on SIGTERM with exit status 0. The fit loop is about to see the signal, and leaves as it must.
+            if self.trainer.sanity_checking and self.trainer.received_sigterm:
+                return []
+            raise
+
     def setup_data(self) -> None:
         super().setup_data()
         if self._combined_loader is not None:
             shield_workers(self._combined_loader.flattened)
+
+    def reset(self) -> None:
+        with starting_workers(self._combined_loader.flattened):
+            super().reset()
 
 
 def guard_loops(trainer: Any, guard: GuardedFit, callback: Any) -> None:

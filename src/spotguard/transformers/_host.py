@@ -3,12 +3,13 @@
 import importlib
 import inspect
 import re
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
 from spotguard.errors import ConfigError, MissingExtraError
 
-__all__ = ["base_class", "check_release", "trainer_of_caller"]
+__all__ = ["base_class", "check_release", "local_of", "trainer_of_caller"]
 
 _OLDEST = (4, 44)
 
@@ -20,7 +21,7 @@ def check_release(version: str) -> None:
         MissingExtraError: Names the range.
     """
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < _OLDEST:
-        raise MissingExtraError(
+        raise MissingExtraError.of(
             "transformers", f"transformers {version} is installed, spotguard.transformers needs >=4.44"
         )
 
@@ -34,7 +35,7 @@ def base_class() -> Any:
     try:
         module = importlib.import_module("transformers")
     except ImportError as error:
-        raise MissingExtraError("transformers", "transformers is not installed") from error
+        raise MissingExtraError.of("transformers", "transformers is not installed") from error
     check_release(module.__version__)
     return module.TrainerCallback
 
@@ -49,10 +50,22 @@ def trainer_of_caller() -> Any:
         ConfigError: Nobody up the stack is one.
     """
     trainer_class = importlib.import_module("transformers").Trainer
-    frame: FrameType | None = inspect.currentframe()
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, trainer_class):
+    for frame in _callers():
+        if isinstance(caller := frame.f_locals.get("self"), trainer_class):
             return caller
-        frame = frame.f_back
     raise ConfigError("SpotGuardTrainerCallback works in a transformers.Trainer only: Trainer(..., callbacks=[guard])")
+
+
+def local_of(trainer: Any, name: str) -> Any:
+    """A local variable of the method of the `Trainer` that has called one of our hooks; None when there is none of that name."""
+    for frame in _callers():
+        if frame.f_locals.get("self") is trainer and name in frame.f_locals:
+            return frame.f_locals[name]
+    return None
+
+
+def _callers() -> Iterator[FrameType]:
+    frame = inspect.currentframe()
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

@@ -14,6 +14,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from torch.utils.data import DataLoader, IterableDataset
+
 from spotguard.errors import StateMismatchError
 from spotguard.state.compare import fingerprint
 from spotguard.state.loaders import TrackedLoader, check_loader, describe_loader, warn_inexact
@@ -44,7 +46,7 @@ class TrainingBatches:
             self.count: int | None = len(loader)
         except TypeError:
             self.count = None
-        if self._tracked.indexed and self._base.batch_sampler is not None:
+        if _by_index(self._base, self._tracked):
             self._take()
         else:
             warn_inexact(
@@ -113,6 +115,14 @@ class TrainingBatches:
             "per_device_train_batch_size": getattr(sampler, "batch_size", None) if sampler is not None else None,
             "gradient_accumulation_steps": self._accumulation,
         }
+
+
+def _by_index(base: Any, tracked: TrackedLoader) -> bool:
+    """Whether batches of this loader are told by its batch sampler, and by nothing else."""
+    if getattr(base, "batch_sampler", None) is None:
+        return False
+    copied = isinstance(base, DataLoader) and type(base).__module__ == "accelerate.data_loader" and not tracked.stateful
+    return tracked.indexed or (copied and not isinstance(base.dataset, IterableDataset))
 
 
 class _Stream(IndexStream):

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from spotguard.transformers._host import local_of
+
 __all__ = ["TrainerRecord"]
 
 # Of this start, not of the run.
@@ -36,12 +38,12 @@ class TrainerRecord:
         """Plain values and one tensor."""
         trainer = self._trainer
         counters = {name: getattr(trainer, name) for name in _COUNTERS if hasattr(trainer, name)}
-        loss = getattr(trainer, "_tr_loss", None)
+        loss = self._loss()
         return {
             "state": {**_plain(self._fields()), "log_history": [_timeless(line) for line in self._log()]},
             "best": self._best(),
             "counters": _plain(counters),
-            "loss": loss.detach() if isinstance(loss, torch.Tensor) else None,
+            "loss": None if loss is None else loss.detach(),
             "callbacks": _plain(self._exported()),
         }
 
@@ -54,12 +56,13 @@ class TrainerRecord:
         state.best_model_checkpoint = self._found(saved["best"])
         self._lost = saved["best"] if state.best_model_checkpoint is None else None
         state.log_history = [dict(line) for line in saved["state"]["log_history"]]
-        if saved["loss"] is not None and isinstance(getattr(trainer, "_tr_loss", None), torch.Tensor):
-            trainer._tr_loss = saved["loss"].to(trainer.args.device, copy=True)  # noqa: SLF001
+        loss = self._loss()
+        if loss is not None and saved["loss"] is not None:
+            loss.copy_(saved["loss"])
             for name, value in saved["counters"].items():
                 setattr(trainer, name, value)
-        else:  # the loss since the last line is a local variable of the loop: lines count from here on
-            trainer._globalstep_last_logged = state.global_step  # noqa: SLF001
+        else:
+            trainer._globalstep_last_logged = state.global_step  # noqa: SLF001 - so that the mean is one of what is known
         self._callbacks = saved["callbacks"]
         control = trainer.control  # the Trainer looks for it when it saves; its flags are those of this start
         state.stateful_callbacks = {
@@ -77,12 +80,18 @@ class TrainerRecord:
                     setattr(callback, name, value)
 
     def not_restored(self) -> list[str]:
-        """What this release of the Trainer keeps where nobody can reach it, in words."""
-        if isinstance(getattr(self._trainer, "_tr_loss", None), torch.Tensor):
-            return []
-        return [
-            "the next 'loss' in log_history, and 'train_loss' at the end, are means over the steps since this resume"
-        ]
+        """What does not come back, in words."""
+        found = []
+        if self._lost is not None:
+            found.append(
+                f"the Trainer's own checkpoint {self._lost}, the best one so far, is not in output_dir any more: load_best_model_at_end "
+                "cannot go back to it. No harm is done if a better one is still to come"
+            )
+        if self._loss() is None:
+            found.append(
+                "the next 'loss' in log_history, and 'train_loss' at the end, are means over the steps since this resume"
+            )
+        return found
 
     def clocks(self) -> list[dict[str, Any]]:
         """What each line of the log says of time and memory."""
@@ -106,12 +115,19 @@ class TrainerRecord:
 
     def settle(self) -> None:
         """The Trainer has counted the last part of the loss into the total: it must not be counted once more."""
-        if isinstance(loss := getattr(self._trainer, "_tr_loss", None), torch.Tensor):
+        if (loss := self._loss()) is not None:
             loss.zero_()
 
     def undo_summary(self) -> None:
         """A finished run was started again: it has one summary, the one from its end."""
         del self._trainer.state.log_history[-1:]
+
+    def _loss(self) -> torch.Tensor | None:
+        """The loss since the last line of the log, live: an attribute, or before transformers 5 a local variable of the loop."""
+        loss = getattr(self._trainer, "_tr_loss", None)
+        if loss is None:
+            loss = local_of(self._trainer, "tr_loss")
+        return loss if isinstance(loss, torch.Tensor) else None
 
     def _fields(self) -> dict[str, Any]:
         fields = {field.name for field in dataclasses.fields(self._trainer.state)} - _OF_THIS_START - _KEPT_APART

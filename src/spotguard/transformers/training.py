@@ -24,6 +24,7 @@ from spotguard.guard.console import say
 from spotguard.guard.saver import RANK, Place
 from spotguard.guard.session import Loaded, Session
 from spotguard.state.train_state import TrainState
+from spotguard.transformers._host import local_of
 from spotguard.transformers.data import TrainingBatches, shield_workers
 from spotguard.transformers.record import TrainerRecord
 
@@ -86,6 +87,7 @@ class GuardedTraining:
         )
         state.check()
         self._data = TrainingBatches(loader, trainer.args.gradient_accumulation_steps)
+        self._check_epoch()
         if loaded is not None:
             local = loaded.payload[RANK]
             members = {name: tree for name, tree in loaded.payload.items() if name != RANK}
@@ -191,6 +193,16 @@ class GuardedTraining:
         if args.max_steps > 0:
             return bool(args.max_steps > loaded.manifest.step)
         return bool(then["max_steps"] <= 0 and args.num_train_epochs > then["num_train_epochs"])
+
+    def _check_epoch(self) -> None:
+        """Releases around 4.44 take the last step of an epoch for none where it has fewer batches, and come back to a wrong place."""
+        batches, accumulation = self._batches_in_epoch(), self._trainer.args.gradient_accumulation_steps
+        steps = local_of(self._trainer, "num_update_steps_per_epoch")
+        if steps is not None and batches % accumulation and steps * accumulation < batches:
+            raise ConfigError(
+                f"an epoch of {batches} batches is no multiple of gradient_accumulation_steps={accumulation}, which this release of "
+                "transformers miscounts on a resume. Upgrade transformers, or choose numbers that divide"
+            )
 
     def _check_room(self) -> None:
         state = self._trainer.state
