@@ -65,7 +65,13 @@ class StoreError(SpotguardError, OSError):
 
 
 class TransientStoreError(StoreError):
-    """A store could not do what was asked now; a retry may succeed."""
+    """A store could not do what was asked now; a retry may succeed.
+
+    Attributes:
+        exhausted: The store has retried by itself, with patience; whoever asked need not do so again at once.
+    """
+
+    exhausted = False
 
 
 class ObjectExistsError(StoreError, FileExistsError):

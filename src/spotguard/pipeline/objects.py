@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 def retried(action: Callable[[], _T]) -> _T:
     """Do something with a store, up to five times over about ten seconds while it fails for now (full jitter)."""
     retrying = tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(TransientStoreError),
+        retry=tenacity.retry_if_exception(lambda error: isinstance(error, TransientStoreError) and not error.exhausted),
         wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),
         stop=tenacity.stop_after_attempt(5),
         reraise=True,

@@ -1,6 +1,15 @@
 """Bytes under keys: the port `ObjectStore`, and the stores behind it."""
 
-from spotguard.stores.base import ObjectInfo, ObjectReader, ObjectRef, ObjectStore, ObjectWriter, check_key
+from spotguard.stores.base import (
+    ObjectInfo,
+    ObjectReader,
+    ObjectRef,
+    ObjectStore,
+    ObjectWriter,
+    Progress,
+    VersionedStore,
+    check_key,
+)
 from spotguard.stores.local import LocalObjectStore
 from spotguard.stores.memory import MemoryObjectStore
 from spotguard.stores.opening import open_store
@@ -13,6 +22,8 @@ __all__ = [
     "ObjectRef",
     "ObjectStore",
     "ObjectWriter",
+    "Progress",
+    "VersionedStore",
     "check_key",
     "open_store",
 ]

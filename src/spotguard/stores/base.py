@@ -19,10 +19,15 @@ __all__ = [
     "ObjectRef",
     "ObjectStore",
     "ObjectWriter",
+    "Progress",
+    "VersionedStore",
     "check_deadline",
     "check_key",
     "check_prefix",
 ]
+
+Progress = Callable[[int], None]
+"""Told how many more bytes are done."""
 
 _COMPONENT = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,199}")
 
@@ -37,11 +42,20 @@ class ObjectRef:
 
 @dataclasses.dataclass(frozen=True)
 class ObjectInfo:
-    """What a store knows of an object. `size` is in bytes."""
+    """What a store knows of an object.
+
+    Attributes:
+        key: Its name.
+        size: Bytes.
+        version: Version id, in a store that has versions.
+        digest: What the store itself has computed over the bytes that it holds, written as in `spotguard.checkpoint.digest`; None where
+            it computes none, or was not asked.
+    """
 
     key: str
     size: int
     version: str | None = None
+    digest: str | None = dataclasses.field(default=None, compare=False)
 
     @property
     def ref(self) -> ObjectRef:
@@ -54,8 +68,14 @@ class ObjectWriter(Protocol):
 
     info: ObjectInfo | None
 
-    def write(self, data: "Buffer", /) -> int:
-        """Append all of `data`; returns its length in bytes."""
+    def write(self, data: "Buffer", /, progress: Progress | None = None) -> int:
+        """Append all of `data`; returns its length in bytes.
+
+        Args:
+            data: The bytes. They must stay as they are until the block is left: a store may still be sending them, without a copy.
+            progress: Called with the number of bytes that are on their way, for each piece; from any thread, also after `write` has
+                returned. A piece that has to be sent again is taken back by a negative number.
+        """
         ...
 
 
@@ -68,8 +88,14 @@ class ObjectReader(Protocol):
         """Up to `size` bytes from the current position, or all that is left."""
         ...
 
-    def read_into(self, buffer: "Buffer", offset: int, /) -> int:
-        """Fill `buffer` from `offset` on; returns how many bytes there were. Leaves the position alone."""
+    def read_into(self, buffer: "Buffer", offset: int, /, progress: Progress | None = None) -> int:
+        """Fill `buffer` from `offset` on; returns how many bytes there were. Leaves the position alone.
+
+        Args:
+            buffer: Where they go. A store with a network in between fills a large one over several connections at once.
+            offset: First byte of the object to read.
+            progress: Called with the number of bytes that have come, for each piece, from any thread.
+        """
         ...
 
     def close(self) -> None:
@@ -128,6 +154,19 @@ class ObjectStore(Protocol):
 
     def discard_partials(self, is_stale: Callable[[str], bool]) -> Sequence[str]:
         """Remove what interrupted creates left behind out of sight, for those keys that `is_stale` says yes to."""
+        ...
+
+
+@runtime_checkable
+class VersionedStore(ObjectStore, Protocol):
+    """A store that keeps what was deleted, and can bring it back."""
+
+    def deleted(self, prefix: str) -> Iterator[ObjectInfo]:
+        """The last version of every object that has been deleted, in the order of the keys."""
+        ...
+
+    def undelete(self, key: str) -> None:
+        """Make the last version of a deleted object visible again; one that is not deleted stays as it is."""
         ...
 
 

@@ -27,6 +27,7 @@ from spotguard.stores.base import (
     ObjectReader,
     ObjectRef,
     ObjectWriter,
+    Progress,
     check_deadline,
     check_key,
     check_prefix,
@@ -53,13 +54,16 @@ class _Writer:
         self.size = 0
         self.info: ObjectInfo | None = None
 
-    def write(self, data: "Buffer", /) -> int:
+    def write(self, data: "Buffer", /, progress: Progress | None = None) -> int:
         view = memoryview(data).cast("B")
         done = 0
         with _translated(self._path):
             while done < len(view):
                 check_deadline(self._deadline, self._key)
-                done += self._fs.write(self._descriptor, view[done : done + _CHUNK])
+                count = self._fs.write(self._descriptor, view[done : done + _CHUNK])
+                done += count
+                if progress is not None:
+                    progress(count)
         self.size += done
         return done
 
@@ -69,13 +73,15 @@ class _Reader(io.FileIO):
         super().__init__(path, "rb")
         self.size = os.fstat(self.fileno()).st_size
 
-    def read_into(self, buffer: "Buffer", offset: int, /) -> int:
+    def read_into(self, buffer: "Buffer", offset: int, /, progress: Progress | None = None) -> int:
         view, done = memoryview(buffer).cast("B"), 0
         while done < len(view):
-            count = os.preadv(self.fileno(), [view[done:]], offset + done)
+            count = os.preadv(self.fileno(), [view[done : done + _CHUNK]], offset + done)
             if count == 0:
                 break
             done += count
+            if progress is not None:
+                progress(count)
         return done
 
 

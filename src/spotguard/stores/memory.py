@@ -12,6 +12,7 @@ from spotguard.stores.base import (
     ObjectReader,
     ObjectRef,
     ObjectWriter,
+    Progress,
     check_deadline,
     check_key,
     check_prefix,
@@ -29,10 +30,12 @@ class _Writer:
         self.data = bytearray()
         self.info: ObjectInfo | None = None
 
-    def write(self, data: "Buffer", /) -> int:
+    def write(self, data: "Buffer", /, progress: Progress | None = None) -> int:
         check_deadline(self.deadline, self.key)
         view = memoryview(data).cast("B")
         self.data += view
+        if progress is not None:
+            progress(len(view))
         return len(view)
 
 
@@ -41,10 +44,12 @@ class _Reader(io.BytesIO):
         super().__init__(data)
         self.size = len(data)
 
-    def read_into(self, buffer: "Buffer", offset: int, /) -> int:
+    def read_into(self, buffer: "Buffer", offset: int, /, progress: Progress | None = None) -> int:
         target = memoryview(buffer).cast("B")
         piece = self.getbuffer()[offset : offset + len(target)]
         target[: len(piece)] = piece
+        if progress is not None:
+            progress(len(piece))
         return len(piece)
 
 
