@@ -1,0 +1,213 @@
+"""A boto3 client, with errors in our words and retries that know a deadline."""
+
+import base64
+import contextlib
+import hashlib
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import tenacity
+
+from spotguard.errors import DeadlineExceededError, ObjectExistsError, ObjectNotFoundError, TransientStoreError
+from spotguard.stores.s3.address import S3Address
+from spotguard.stores.s3.body import send_as_it_is
+from spotguard.stores.s3.errors import translate
+from spotguard.stores.s3.options import S3Options
+
+__all__ = ["Answer", "Connection"]
+
+logger = logging.getLogger(__name__)
+
+Answer = dict[str, Any]
+_T = TypeVar("_T")
+_TRIES, _LONGEST_WAIT_S = 8, 8.0
+_making = threading.Lock()  # sessions of boto3 must not be used by two threads at once
+
+
+class Connection:
+    """What sends requests.
+
+    Args:
+        address: The bucket and the prefix.
+        options: How.
+        session: A session of boto3, where the usual chain is not what is wanted.
+    """
+
+    def __init__(self, address: S3Address, options: S3Options, session: Any = None) -> None:
+        self.address, self.options, self._session = address, options, session
+        self._client: tuple[int, Any] | None = None
+
+    @property
+    def client(self) -> Any:
+        """The client of this process; made when first used. A forked child must not share sockets with its parent."""
+        with _making:
+            if self._client is None or self._client[0] != os.getpid():
+                self._client = (os.getpid(), self._make())
+            return self._client[1]
+
+    def uri(self, key: str) -> str:
+        """A key, for messages."""
+        return f"{self.address.uri}/{key}"
+
+    def call(
+        self,
+        operation: str,
+        key: str | None = None,
+        *,
+        deadline: float | None = None,
+        tries: int = _TRIES,
+        recover: Callable[[], Answer | None] | None = None,
+        check: Callable[[], None] | None = None,
+        **params: Any,
+    ) -> Answer:
+        """Make a request, and again while it fails for now, with full jitter.
+
+        Args:
+            operation: Method of the client.
+            key: The object, where it is about one.
+            deadline: Instant (monotonic seconds) up to which it is retried; without one, a number of times.
+            tries: That number.
+            recover: Asked when the answer to an earlier try was lost and this one is told that the object is there, or the upload gone:
+                returns what that earlier try has done, or None if it was somebody else.
+            check: Called before each try; what it raises ends it.
+            params: Of the request.
+
+        Raises:
+            StoreError: As the server, the network or boto3 said.
+        """
+        where = self.address.uri if key is None else self.uri(key)
+        params |= {"Bucket": self.address.bucket} | ({} if key is None else {"Key": self.address.prefix + key})
+        lost = False
+
+        def once() -> Answer:
+            nonlocal lost
+            if check is not None:
+                check()
+            try:
+                return self._once(operation, where, params)
+            except (ObjectExistsError, ObjectNotFoundError):
+                if lost and recover is not None and (answer := recover()) is not None:
+                    return answer
+                raise
+            except TransientStoreError:
+                lost = True
+                raise
+
+        return self.retried(once, where, deadline=deadline, tries=tries)
+
+    def retried(
+        self, action: Callable[[], _T], where: str, *, deadline: float | None = None, tries: int = _TRIES
+    ) -> _T:
+        """Do something, and again while it fails for now, with full jitter.
+
+        Raises:
+            TransientStoreError: As the last try did; marked as retried enough.
+            DeadlineExceededError: There is no time left for another try.
+        """
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(
+                lambda error: isinstance(error, TransientStoreError) and not error.exhausted
+            ),
+            wait=tenacity.wait_random_exponential(multiplier=0.1, max=_LONGEST_WAIT_S),
+            stop=tenacity.stop_after_attempt(tries) if deadline is None else _no_time_left(deadline),
+            before_sleep=lambda state: logger.info(
+                "%s: tried again after %s", where, state.outcome and state.outcome.exception()
+            ),
+            reraise=True,
+        )
+        try:
+            return retrying(action)
+        except TransientStoreError as error:
+            if deadline is not None:
+                raise DeadlineExceededError(
+                    f"{where} was not done by its deadline; the last trouble was: {error}"
+                ) from error
+            error.exhausted = True
+            raise
+
+    def _once(self, operation: str, where: str, params: dict[str, Any]) -> Answer:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            answer: Answer = getattr(self.client, operation)(**params)
+        except (BotoCoreError, ClientError, ValueError, OSError) as error:
+            raise translate(error, operation=operation, where=where, params=params) from error
+        return answer
+
+    def _make(self) -> Any:
+        import boto3
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+
+        options = self.options
+        try:
+            session = self._session or boto3.Session(profile_name=options.profile, region_name=options.region)
+            client = session.client(
+                "s3",
+                region_name=options.region,
+                endpoint_url=options.endpoint_url,
+                config=Config(
+                    # Checksums are ours to choose: the trailers that boto3 sends by itself are refused by many servers over TLS.
+                    request_checksum_calculation="when_required",
+                    response_checksum_validation="when_required",
+                    retries={"total_max_attempts": 1, "mode": "standard"},
+                    connect_timeout=min(10.0, options.stall_s),
+                    read_timeout=options.stall_s,
+                    max_pool_connections=2 * options.connections + 4,
+                    tcp_keepalive=True,
+                    use_dualstack_endpoint=options.dualstack or None,
+                    signature_version="s3v4",
+                    user_agent_extra="spotguard",
+                    s3={"addressing_style": options.addressing},
+                ),
+            )
+        except (BotoCoreError, ValueError) as error:
+            raise translate(error, operation="client", where=self.address.uri, params={}) from error
+        sign = options.payload_signing
+        client.meta.config.s3["payload_signing_enabled"] = (
+            not client.meta.endpoint_url.startswith("https") if sign is None else sign
+        )
+        events = client.meta.events
+        events.register("before-sign.s3", _without_expect)
+        events.register("before-sign.s3.DeleteObjects", _with_md5)
+        events.register("before-send.s3", send_as_it_is)
+        _notice_dead_peers(client, options.stall_s)
+        return client
+
+
+def _without_expect(request: Any, **_: Any) -> None:
+    """A server that does not know ``Expect: 100-continue`` would cost a second for each part."""
+    if "Expect" in request.headers:
+        del request.headers["Expect"]
+
+
+def _with_md5(request: Any, **_: Any) -> None:
+    """Servers that do not know boto3's checksums want the older one for a batch of deletes."""
+    body = request.data if isinstance(request.data, bytes) else b""
+    if body and "Content-MD5" not in request.headers:
+        request.headers["Content-MD5"] = base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
+
+
+def _notice_dead_peers(client: Any, stall_s: float) -> None:
+    """Have the system give up a connection whose peer takes nothing for that long: tcp(7), TCP_USER_TIMEOUT.
+
+    boto3 has no setting for it. Where its inside looks different one day, the timeouts of the socket remain.
+    """
+    option = getattr(socket, "TCP_USER_TIMEOUT", None)
+    with contextlib.suppress(AttributeError):
+        options = client._endpoint.http_session._socket_options  # noqa: SLF001
+        if option is not None:
+            options.append((socket.IPPROTO_TCP, option, int(stall_s * 1000)))
+
+
+class _no_time_left:  # noqa: N801 - it reads as one of tenacity's
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+
+    def __call__(self, state: tenacity.RetryCallState) -> bool:
+        return time.monotonic() + state.upcoming_sleep >= self._deadline

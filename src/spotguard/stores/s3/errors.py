@@ -1,0 +1,193 @@
+"""What a server or boto3 said, in our words and with a remedy."""
+
+import datetime as dt
+import email.utils
+from typing import Any
+
+from spotguard._time import utc_now
+from spotguard.errors import (
+    ConfigError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    SpotguardError,
+    StoreAccessError,
+    StoreError,
+    TransientStoreError,
+)
+
+__all__ = ["AccessDeniedError", "NotOfferedError", "code_of", "permission", "translate"]
+
+
+class AccessDeniedError(StoreAccessError):
+    """A permission is missing.
+
+    Attributes:
+        permission: Its name in a policy, such as ``s3:PutObject``.
+    """
+
+    permission = ""
+
+
+class NotOfferedError(StoreError):
+    """The server does not know the operation, or not with these parameters."""
+
+
+# Which permission an operation needs: https://docs.aws.amazon.com/AmazonS3/latest/userguide/using-with-s3-policy-actions.html
+_PERMISSIONS = {
+    "put_object": "s3:PutObject",
+    "create_multipart_upload": "s3:PutObject",
+    "upload_part": "s3:PutObject",
+    "complete_multipart_upload": "s3:PutObject",
+    "abort_multipart_upload": "s3:AbortMultipartUpload",
+    "get_object": "s3:GetObject",
+    "head_object": "s3:GetObject",
+    "delete_object": "s3:DeleteObject",
+    "delete_objects": "s3:DeleteObject",
+    "list_objects_v2": "s3:ListBucket",
+    "list_object_versions": "s3:ListBucketVersions",
+    "list_multipart_uploads": "s3:ListBucketMultipartUploads",
+    "get_bucket_versioning": "s3:GetBucketVersioning",
+    "put_bucket_versioning": "s3:PutBucketVersioning",
+    "get_bucket_lifecycle_configuration": "s3:GetLifecycleConfiguration",
+    "put_bucket_lifecycle_configuration": "s3:PutLifecycleConfiguration",
+}
+_WITH_VERSION = {"s3:GetObject": "s3:GetObjectVersion", "s3:DeleteObject": "s3:DeleteObjectVersion"}
+
+# Codes: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
+_MISSING = {"NoSuchKey", "NoSuchVersion", "NoSuchUpload", "NotFound", "404", "405", "MethodNotAllowed"}
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
+_WRONG_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "AuthorizationHeaderMalformed"}
+_BROKEN_ON_THE_WAY = {
+    "BadDigest",
+    "InvalidDigest",
+    "XAmzContentSHA256Mismatch",
+    "XAmzContentChecksumMismatch",
+    "IncompleteBody",
+    "RequestTimeout",
+}
+_BUSY = {
+    "SlowDown", "ServiceUnavailable", "InternalError", "OperationAborted", "ConditionalRequestConflict",
+    "RequestLimitExceeded", "Throttling", "ThrottlingException", "TooManyRequests",
+}  # fmt: skip
+_NOT_OFFERED = {"NotImplemented", "MissingContentMD5", "MissingContentLength", "UnsupportedOperation"}
+_FULL = {"InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "EntityTooLarge"}
+
+
+def code_of(error: BaseException) -> str:
+    """The code that the server gave, or that of the HTTP status; empty where no server has spoken."""
+    response = getattr(error, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
+
+
+def translate(error: Exception, *, operation: str, where: str, params: dict[str, Any]) -> Exception:
+    """Make an error of ours of what boto3 raised.
+
+    Args:
+        error: From botocore.
+        operation: Such as ``"put_object"``.
+        where: URI of the object or of the run, for the message.
+        params: Of the request.
+
+    Returns:
+        The error to raise.
+    """
+    from botocore import exceptions as boto
+
+    if isinstance(error, boto.ClientError):
+        return _from_server(error, operation, where, params)
+    inner = getattr(error, "kwargs", {}).get("error")
+    if isinstance(inner, (SpotguardError, InterruptedError)):  # raised by a body while it was being sent
+        return inner
+    if isinstance(
+        error,
+        (boto.NoCredentialsError, boto.PartialCredentialsError, boto.NoAuthTokenError, boto.UnauthorizedSSOTokenError),
+    ):
+        return StoreAccessError(
+            f"{where}: {error}; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the instance a role"
+        )
+    if isinstance(error, (boto.CredentialRetrievalError, boto.SSOTokenLoadError, boto.TokenRetrievalError)):
+        return TransientStoreError(f"{where}: the credentials could not be had: {error}")
+    if isinstance(error, boto.SSLError):
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            return StoreAccessError(f"{where}: {error}; AWS_CA_BUNDLE names the certificate of a server of your own")
+        return TransientStoreError(f"{where}: {error}")
+    wrong = (
+        boto.ParamValidationError,
+        boto.ProfileNotFound,
+        boto.EndpointProviderError,
+        boto.InvalidRegionError,
+        boto.UnsupportedS3ConfigurationError,
+        boto.UnsupportedS3ArnError,
+        ValueError,
+    )
+    if isinstance(error, wrong):
+        return ConfigError(f"{where}: {error}")
+    return TransientStoreError(f"{where}: {_of_network(error)}")
+
+
+def _of_network(error: Exception) -> str:
+    inner = getattr(error, "kwargs", {}).get("error")
+    return f"{error}" if inner is None or str(inner) in str(error) else f"{error} ({inner})"
+
+
+def _from_server(error: Any, operation: str, where: str, params: dict[str, Any]) -> Exception:
+    code, answer = code_of(error), error.response
+    status = int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    said = f"{code}: {answer.get('Error', {}).get('Message', '')}".removesuffix(": ")
+    if code == "NoSuchBucket":
+        return StoreAccessError(
+            f"{where}: the bucket does not exist; check its name and the region, or make it: aws s3 mb s3://{params.get('Bucket')}"
+        )
+    if code in _BUSY or code in _BROKEN_ON_THE_WAY or status in (429, 500, 502, 503, 504):
+        return TransientStoreError(f"{where}: {said}")
+    if code in _EXPIRED:
+        return TransientStoreError(
+            f"{where}: the credentials have expired and were not renewed ({said}); log in again, or use a role"
+        )
+    if code == "RequestTimeTooSkewed":
+        return StoreAccessError(
+            f"{where}: the clock of this machine is {_skew(answer)}; set it right (chronyc makestep) and start again"
+        )
+    if code in _WRONG_CREDENTIALS:
+        return StoreAccessError(
+            f"{where}: the credentials are refused ({said}); check AWS_PROFILE, the keys and the region"
+        )
+    if code == "InvalidObjectState":
+        return StoreError(f"{where} has been moved to an archive; restore it first: aws s3api restore-object")
+    if status == 412 or code == "PreconditionFailed":
+        return ObjectExistsError(f"{where} exists already")
+    if status == 403 or code in ("AccessDenied", "403", "Forbidden", "AllAccessDisabled"):
+        denied = AccessDeniedError(
+            f"{where}: access denied ({said}); the permission that is needed: {permission(operation, params)}"
+        )
+        denied.permission = permission(operation, params)
+        return denied
+    if code in _MISSING or status == 404:
+        return ObjectNotFoundError(
+            f"{where} does not exist ({code})" if code == "NoSuchUpload" else f"{where} does not exist"
+        )
+    if code in _FULL or status == 507:
+        return StoreError(
+            f"{where}: the server has no room ({said}); free space or keep fewer checkpoints ('spotguard prune')"
+        )
+    if code == "PermanentRedirect":
+        return ConfigError(f"{where}: the bucket is elsewhere ({said}); set region, or AWS_REGION")
+    if status == 501 or code in _NOT_OFFERED:
+        return NotOfferedError(f"{where}: the server does not know {operation} ({said})")
+    return StoreError(f"{where}: the server refuses {operation} with status {status}, {said}")
+
+
+def permission(operation: str, params: dict[str, Any]) -> str:
+    """Name of the permission that an operation needs, where the parameters decide with their version."""
+    name = _PERMISSIONS.get(operation, f"for {operation}")
+    return _WITH_VERSION.get(name, name) if params.get("VersionId") else name
+
+
+def _skew(answer: dict[str, Any]) -> str:
+    date = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+    try:
+        server = email.utils.parsedate_to_datetime(date)
+    except (TypeError, ValueError):
+        return "too far off"
+    off = (utc_now() - server.astimezone(dt.timezone.utc)).total_seconds()
+    return f"{abs(off):.0f} s {'ahead' if off > 0 else 'behind'}"
