@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from spotguard.notices.base import NoticeSource, PreemptionNotice
     from spotguard.pipeline.checkpoint import Checkpoint
     from spotguard.pipeline.checkpoint_store import CheckpointStore, LocalCheckpointStore
+    from spotguard.pipeline.s3_checkpoint_store import S3CheckpointStore
     from spotguard.policies.retention import KeepAll, KeepBest, KeepNewest, KeepYoungerThan
     from spotguard.policies.save import AutoInterval, EveryEpochs, EverySeconds, EverySteps
     from spotguard.state.train_state import TrainState
@@ -33,6 +34,7 @@ __all__ = [
     "NoticeSource",
     "Preempted",
     "PreemptionNotice",
+    "S3CheckpointStore",
     "SpotGuard",
     "SpotguardError",
     "TrainState",
@@ -54,6 +56,7 @@ _HOME = {
     "NoticeSource": "notices.base",
     "Preempted": "errors",
     "PreemptionNotice": "notices.base",
+    "S3CheckpointStore": "pipeline.s3_checkpoint_store",
     "SpotGuard": "guard.spot_guard",
     "SpotguardError": "errors",
     "TrainState": "state.train_state",

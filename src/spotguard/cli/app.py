@@ -5,14 +5,17 @@ from typing import Annotated
 
 import typer
 
+from spotguard.checkpoint import CheckpointId
 from spotguard.checkpoint.layout import STOP
 from spotguard.cli.output import age, bar, fail, size, table, to_json
 from spotguard.cli.rehearse import rehearse_command
+from spotguard.cli.s3 import s3_app
 from spotguard.errors import CheckpointDamagedError, ConfigError, SpotguardError
 from spotguard.pipeline.checkpoint import Checkpoint
 from spotguard.pipeline.checkpoint_store import CheckpointStore
 from spotguard.pipeline.history import read_history
 from spotguard.pipeline.objects import write_object
+from spotguard.pipeline.restore import deleted_checkpoints, restore_checkpoint
 
 __all__ = ["app", "main"]
 
@@ -23,9 +26,12 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(s3_app)
 app.command("rehearse", context_settings={"allow_interspersed_args": False})(rehearse_command)
 
-Uri = Annotated[str, typer.Argument(help="The run: a directory, or file:///path.", show_default=False)]
+Uri = Annotated[
+    str, typer.Argument(help="The run: a directory, or a URI such as s3://bucket/run-17.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Which = Annotated[str, typer.Argument(help="A checkpoint id, a step, or 'latest'.", show_default=True)]
 
@@ -45,9 +51,17 @@ def main() -> None:
 
 
 @app.command("ls")
-def ls_command(uri: Uri, as_json: Json = False) -> None:
+def ls_command(
+    uri: Uri,
+    deleted: Annotated[
+        bool, typer.Option("--deleted", help="List those that were deleted and can be brought back ('restore').")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """List the checkpoints of a run, oldest first."""
     store = _existing(uri)
+    if deleted:
+        return _list_deleted(store, as_json=as_json)
     history = read_history(store.objects)
     line = set(history.lineage)
     checkpoints = store.list()
@@ -169,6 +183,17 @@ def rollback_command(
     print(f"the next start resumes from {checkpoint.id} (step {checkpoint.step})")  # noqa: T201
 
 
+@app.command("restore")
+def restore_command(
+    uri: Uri, which: Annotated[str, typer.Argument(help="The id of a deleted checkpoint.", show_default=False)]
+) -> None:
+    """Bring back a checkpoint whose manifest was deleted, from a bucket that keeps versions. Every byte is verified first."""
+    store = _existing(uri)
+    with bar("verifying", total=None) as advance:
+        checkpoint = restore_checkpoint(store.objects, CheckpointId.parse(which), advance)
+    print(f"checkpoint {checkpoint.id} (step {checkpoint.step}) is back")  # noqa: T201
+
+
 @app.command("prune")
 def prune_command(
     uri: Uri,
@@ -207,6 +232,29 @@ def stop_command(uri: Uri) -> None:
         f"asked {store.uri} to stop; the trainer saves and leaves at its next step boundary, and takes the request away. "
         "If none is running, the next one to start leaves at its first boundary"
     )
+
+
+def _list_deleted(store: CheckpointStore, *, as_json: bool) -> None:
+    found = deleted_checkpoints(store.objects)
+    if as_json:
+        fields = [
+            {
+                "checkpoint": item.id,
+                "step": item.manifest and item.manifest.step,
+                "restorable": not item.missing,
+                "reason": item.missing,
+            }
+            for item in found
+        ]
+        return print(to_json(fields))  # noqa: T201
+    rows = [
+        (item.id, size(item.manifest.size), age(item.manifest.created_at), item.missing or "can be restored")
+        if item.manifest
+        else (item.id, "", "", item.missing)
+        for item in found
+    ]
+    table(f"{store.uri}, deleted", ("checkpoint", "size", "age", "note"), rows)
+    return None
 
 
 def _existing(uri: str) -> CheckpointStore:

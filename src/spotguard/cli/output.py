@@ -14,7 +14,7 @@ from rich.table import Table
 
 from spotguard._time import format_seconds, utc_now
 
-__all__ = ["age", "bar", "fail", "size", "table", "to_json"]
+__all__ = ["age", "bar", "fail", "note", "size", "table", "to_json"]
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -38,6 +38,11 @@ def to_json(value: Any) -> str:
 def fail(text: str) -> None:
     """Say on standard error what went wrong."""
     Console(stderr=True, soft_wrap=True).print(f"[red]spotguard:[/red] {escape(text)}")
+
+
+def note(text: str) -> None:
+    """Say something beside the result, on standard error."""
+    Console(stderr=True, soft_wrap=True).print(escape(text))
 
 
 def size(count: int) -> str:

@@ -7,7 +7,7 @@ from spotguard.stores.base import Progress
 
 __all__ = ["Body", "Piece", "send_as_it_is"]
 
-_STRIDE = 256 << 10  # between two looks at the deadline, and what a connection has to take within its timeout
+_STRIDE = 1 << 20  # between two looks at the deadline, and what a connection has to take within its timeout
 
 
 class Piece(NamedTuple):

@@ -213,7 +213,7 @@ class _Probe:
         ]
         raise StoreAccessError(
             f"{address.uri}: these permissions are missing:\n" + "\n".join(lines) + "\n"
-            "Add them to the policy of the user or role; docs/how-to/object-stores.md has a minimal one"
+            "Add them to the policy of the user or role; docs/how-to/s3.md has a minimal one"
         )
 
 

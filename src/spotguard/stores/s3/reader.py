@@ -66,8 +66,8 @@ class S3Reader:
                 progress(done)
         options = self._connection.options
         lanes = Lanes(options.connections, what=self._connection.uri(self._key))
-        # Parts of equal size, so that no connection is left with the rest.
-        count = -(-(len(view) - done) // options.part_size)
+        # Ranges of equal size, so that no connection is left with the rest.
+        count = -(-(len(view) - done) // options.share_of(len(view) - done))
         step = -(-(len(view) - done) // max(1, count))
         try:
             for start in range(done, len(view), step or 1):

@@ -102,9 +102,10 @@ class S3Writer:
 
     def _fit_parts(self, coming: int) -> None:
         """Make parts larger where those left would not be enough: for what is known to come, and for what may follow."""
-        left = max(1, (_MOST_PARTS - self._numbers) // 2)
-        grown = self._connection.options.part_size << self._numbers // 1000
-        self._part_size = min(_LARGEST_PART, max(grown, self._part_size, -(-(self._held + coming) // left)))
+        known, left = self._held + coming, max(1, (_MOST_PARTS - self._numbers) // 2)
+        options = self._connection.options
+        grown = max(options.share_of(known), options.part_size << self._numbers // 1000, -(-known // left))
+        self._part_size = min(_LARGEST_PART, max(self._part_size, grown))
 
     def _take(self, size: int) -> list[Piece]:
         """The next `size` bytes."""
