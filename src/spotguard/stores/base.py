@@ -19,6 +19,7 @@ __all__ = [
     "ObjectRef",
     "ObjectStore",
     "ObjectWriter",
+    "PreflightStore",
     "Progress",
     "VersionedStore",
     "check_deadline",
@@ -154,6 +155,20 @@ class ObjectStore(Protocol):
 
     def discard_partials(self, is_stale: Callable[[str], bool]) -> Sequence[str]:
         """Remove what interrupted creates left behind out of sight, for those keys that `is_stale` says yes to."""
+        ...
+
+
+@runtime_checkable
+class PreflightStore(ObjectStore, Protocol):
+    """A store that can find out in advance whether a run can be kept there."""
+
+    def preflight(self) -> None:
+        """Try everything that a run will need, and leave nothing behind.
+
+        Raises:
+            StoreAccessError: Names every permission that is missing.
+            ConfigError: The store is not fit for a run.
+        """
         ...
 
 

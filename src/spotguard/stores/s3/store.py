@@ -70,6 +70,10 @@ class S3ObjectStore:
                 self._versions = self._able.versions
             return self._able
 
+    def preflight(self) -> None:
+        """See `PreflightStore.preflight`. Once it has succeeded it is not repeated."""
+        _ = self.able
+
     @contextlib.contextmanager
     def create(self, key: str, *, exclusive: bool = False, deadline: float | None = None) -> Iterator[ObjectWriter]:
         """See `ObjectStore.create`."""

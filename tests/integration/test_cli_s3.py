@@ -1,0 +1,98 @@
+"""The commands, over a run in a real bucket."""
+
+import json
+import secrets
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from servers import S3Server
+from spotguard import CheckpointStore
+from spotguard.cli.app import app
+from spotguard.errors import CheckpointNotFoundError, ConfigError
+from spotguard.stores import ObjectRef, open_store
+
+
+@pytest.fixture
+def run(seaweedfs: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Three checkpoints; the environment leads there."""
+    seaweedfs.use(monkeypatch)
+    uri = f"s3://{seaweedfs.versioned}/{secrets.token_hex(8)}"
+    store = CheckpointStore(uri)
+    for step in (100, 200, 300):
+        store.save({"model": {"weight": [float(step)]}}, step=step)
+    return uri
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+def call(*arguments: object, status: int = 0) -> str:
+    result = invoke(*arguments)
+    assert result.exit_code == status, result.output
+    return result.stdout
+
+
+def call_json(*arguments: object) -> Any:
+    return json.loads(call(*arguments, "--json"))
+
+
+def test_every_command_takes_a_bucket(run: str) -> None:
+    assert [item["step"] for item in call_json("ls", run)] == [100, 200, 300]
+    assert call_json("show", run)["shards"][0]["version"]
+    assert [item["whole"] for item in call_json("verify", run)] == [True] * 3
+    assert call_json("resolve", run)["checkpoint"] == "0001-0000000300"
+    assert "0001-0000000200" in call("rollback", run, "--step", "200")
+    assert call_json("prune", run, "--keep", "1")["kept"] == ["0001-0000000200", "0001-0000000300"]
+    assert "asked" in call("stop", run)
+    assert open_store(run).stat("stop") is not None
+
+
+def test_a_deleted_checkpoint_is_listed_and_comes_back(run: str) -> None:
+    assert call_json("ls", run, "--deleted") == []
+    open_store(run).delete([ObjectRef("manifests/0001-0000000300.json")])
+    assert [item["step"] for item in call_json("ls", run)] == [100, 200]
+    (found,) = call_json("ls", run, "--deleted")
+    assert (found["checkpoint"], found["restorable"]) == ("0001-0000000300", True)
+    assert "can be restored" in call("ls", run, "--deleted")
+    assert "is back" in call("restore", run, "0001-0000000300")
+    assert [item["step"] for item in call_json("ls", run)] == [100, 200, 300]
+    with pytest.raises(CheckpointNotFoundError):
+        invoke("restore", run, "0001-0000000300")
+
+
+def test_the_lifecycle_rule_is_printed_then_set_beside_those_that_are_there(run: str, seaweedfs: S3Server) -> None:
+    prefix = run.removeprefix(f"s3://{seaweedfs.versioned}/") + "/"
+    client = seaweedfs.client()
+    other = {"ID": prefix, "Filter": {"Prefix": prefix + "logs/"}, "Status": "Enabled", "Expiration": {"Days": 9}}
+    client.put_bucket_lifecycle_configuration(Bucket=seaweedfs.versioned, LifecycleConfiguration={"Rules": [other]})
+    store = open_store(run)
+    with store.create("run.json.bak") as writer:
+        writer.write(b"x" * 1000)
+    store.delete([ObjectRef("run.json.bak")])
+
+    printed = invoke("s3", "lifecycle", run)
+    rule = json.loads(printed.stdout)["Rules"][0]
+    assert rule["Filter"] == {"Prefix": prefix}
+    assert rule["NoncurrentVersionExpiration"] == {"NoncurrentDays": 7}
+    assert "nothing has been changed" in printed.stderr
+    assert "deletes objects of this run" in printed.stderr  # the other rule
+    for days in (7, 30):
+        told = call_json("s3", "lifecycle", run, "--days", days, "--apply")
+        assert told["applied"]
+        assert told["noncurrent_versions"] >= 1
+        assert told["noncurrent_bytes"] >= 1000
+        assert told["rules_that_delete_objects_in_use"] == [prefix]
+    rules = client.get_bucket_lifecycle_configuration(Bucket=seaweedfs.versioned)["Rules"]
+    client.delete_bucket_lifecycle(Bucket=seaweedfs.versioned)
+    client.close()
+    assert sorted(item["ID"] for item in rules) == sorted([prefix, f"spotguard {prefix}"])
+    days = {item["ID"]: item.get("NoncurrentVersionExpiration") for item in rules}
+    assert days[f"spotguard {prefix}"] == {"NoncurrentDays": 30}
+
+
+def test_what_only_s3_has_is_refused_elsewhere(tmp_path: object) -> None:
+    with pytest.raises(ConfigError, match="s3://"):
+        invoke("s3", "lifecycle", tmp_path)
