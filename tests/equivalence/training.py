@@ -91,7 +91,13 @@ def make_loader(case: Case) -> Any:
     raise AssertionError(case.loader)
 
 
-def train(case: Case, run: Path, tick: Callable[[], None], ledger: Callable[[int, list[int]], None]) -> None:
+def place_of(folder: Path) -> str:
+    """Where the run of this folder is kept: in it, unless a file `place` names somewhere else."""
+    named = folder / "place"
+    return named.read_text() if named.exists() else str(folder / "run")
+
+
+def train(case: Case, run: str, tick: Callable[[], None], ledger: Callable[[int, list[int]], None]) -> None:
     """The user's script."""
     torch.manual_seed(3)
     random.seed(5)
@@ -143,7 +149,7 @@ def run_once(case: Case, folder: Path, *, kill_at: int | None = None, number: si
                 os.kill(os.getpid(), number)
             ticks += 1
 
-        train(case, folder / "run", tick, lambda step, ids: (os.write(book, f"[{step}, {ids}]\n".encode()), None)[1])
+        train(case, place_of(folder), tick, lambda step, ids: (os.write(book, f"[{step}, {ids}]\n".encode()), None)[1])
         (folder / "ticks").write_text(str(ticks))
         status = 0
     except SystemExit as leaving:
@@ -169,7 +175,7 @@ def outcome(folder: Path) -> tuple[dict[str, Any], dict[int, list[int]]]:
     for line in (folder / "ledger.jsonl").read_text().splitlines():
         step, ids = json.loads(line)
         assert ledger.setdefault(step, ids) == ids, f"step {step} was redone with other samples"
-    checkpoint = CheckpointStore(folder / "run").latest()
+    checkpoint = CheckpointStore(place_of(folder)).latest()
     assert checkpoint is not None
     assert checkpoint.manifest.finished
     return checkpoint.load(), ledger

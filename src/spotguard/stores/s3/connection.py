@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import tenacity
 
+from spotguard._retry import FullJitter, draw_apart
 from spotguard.errors import DeadlineExceededError, ObjectExistsError, ObjectNotFoundError, TransientStoreError
 from spotguard.stores.s3.address import S3Address
 from spotguard.stores.s3.body import send_as_it_is
@@ -113,7 +114,7 @@ class Connection:
             retry=tenacity.retry_if_exception(
                 lambda error: isinstance(error, TransientStoreError) and not error.exhausted
             ),
-            wait=tenacity.wait_random_exponential(multiplier=0.1, max=_LONGEST_WAIT_S),
+            wait=FullJitter(0.1, longest=_LONGEST_WAIT_S),
             stop=tenacity.stop_after_attempt(tries) if deadline is None else _no_time_left(deadline),
             before_sleep=lambda state: logger.info(
                 "%s: tried again after %s", where, state.outcome and state.outcome.exception()
@@ -141,10 +142,12 @@ class Connection:
 
     def _make(self) -> Any:
         import boto3
+        import botocore.utils
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
 
         options = self.options
+        draw_apart(botocore.utils)  # jitter when the credentials of an instance are renewed
         try:
             session = self._session or boto3.Session(profile_name=options.profile, region_name=options.region)
             client = session.client(

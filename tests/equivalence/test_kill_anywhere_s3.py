@@ -1,0 +1,51 @@
+"""A run in a bucket that is killed, at any place and any number of times, ends exactly like one that never was, and in a directory."""
+
+import random
+import secrets
+import signal
+from pathlib import Path
+
+import pytest
+
+from equivalence.test_kill_anywhere import finish, untouched_run
+from equivalence.training import Case, assert_same, run_once
+from servers import S3Server
+
+CASES = [Case("shuffle", 0, 4), Case("generator", 2, 1), Case("stateful", 0, 1)]
+
+
+@pytest.fixture(autouse=True)
+def bucket(seaweedfs: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
+    seaweedfs.use(monkeypatch)
+    return f"s3://{seaweedfs.versioned}/{secrets.token_hex(8)}"
+
+
+def folder_in(bucket: str, folder: Path) -> Path:
+    """A folder whose run is kept in the bucket."""
+    folder.mkdir()
+    (folder / "place").write_text(f"{bucket}/{folder.name}")
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sigkill_at_boundaries_of_a_run_in_a_bucket(case: Case, tmp_path: Path, bucket: str) -> None:
+    untouched, ticks = untouched_run(case, tmp_path)
+    for tick in range(0, ticks, ticks // 6):
+        folder = folder_in(bucket, tmp_path / f"kill-{tick}")
+        assert run_once(case, folder, kill_at=tick) == -signal.SIGKILL, (folder / "stderr.txt").read_text()
+        finish(case, folder)
+        assert_same(untouched, folder, f"SIGKILL at tick {tick}")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_three_kills_in_one_run_in_a_bucket(case: Case, tmp_path: Path, bucket: str) -> None:
+    untouched, ticks = untouched_run(case, tmp_path)
+    draw = random.Random(str(case))
+    for attempt in range(2):
+        folder = folder_in(bucket, tmp_path / f"run-{attempt}")
+        kills = [(draw.randrange(2, ticks // 4), number) for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM)]
+        for tick, number in kills:
+            status = run_once(case, folder, kill_at=tick, number=number)
+            assert status in (-signal.SIGKILL, 143), (folder / "stderr.txt").read_text()
+        finish(case, folder)
+        assert_same(untouched, folder, f"three kills {kills}")
