@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+AZURITE_VERSION := 3.35.0
 READY := $(VENV)/.ready
 
 .PHONY: demo test lint bench matrix clean
@@ -26,6 +27,10 @@ $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable . --group dev
+	@if command -v npm >/dev/null; then \
+		npm install --silent --no-fund --no-audit --ignore-scripts --prefix $(VENV)/azurite azurite@$(AZURITE_VERSION) >/dev/null \
+			|| echo "azurite could not be installed: its tests are skipped"; \
+	fi
 	touch $(READY)
 
 clean:

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from servers import azurite, gcs, moto, seaweedfs
+
+__all__ = ["azurite", "gcs", "moto", "seaweedfs"]
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PATIENCE = 5.0  # seconds for threads that are on their way out
 

@@ -33,6 +33,8 @@ __all__ = [
     "SaveStarted",
     "Stopped",
     "Swept",
+    "TierFailed",
+    "TierUnreachable",
 ]
 
 logger = logging.getLogger(__name__)
@@ -129,7 +131,10 @@ class SaveFailed(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointCommitted(Event):
-    """A checkpoint became visible. `written` is smaller than `size` where unchanged shards were named again."""
+    """A checkpoint became visible, in one tier. `written` is smaller than `size` where unchanged shards were named again.
+
+    `tier` is the URI of the store; with several tiers there is one such event for each.
+    """
 
     checkpoint: str
     step: int
@@ -137,15 +142,35 @@ class CheckpointCommitted(Event):
     written: int
     seconds: float
     metrics: dict[str, float]
+    tier: str = ""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TierUnreachable(Event):
+    """A tier could not be reached at the start. It is tried again at each save."""
+
+    tier: str
+    error: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TierFailed(Event):
+    """A checkpoint was committed, but not to this tier. `in_a_row` counts since the last commit there."""
+
+    tier: str
+    step: int
+    error: str
+    in_a_row: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Swept(Event):
-    """Retention deleted what is no longer wanted."""
+    """Retention deleted what is no longer wanted, in one tier."""
 
     checkpoints: tuple[str, ...]
     objects: int
     size: int
+    tier: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,6 @@ of ``16-mixed`` as the member ``precision``, and how many passes over a loader i
 import contextlib
 import datetime as dt
 import importlib
-import os
 import re
 import sys
 import weakref
@@ -30,6 +29,7 @@ from torch._dynamo import OptimizedModule
 
 from spotguard.errors import ConfigError, MissingExtraError
 from spotguard.events import EventHook
+from spotguard.guard.options import RunPlaces
 from spotguard.guard.spot_guard import SpotGuard as Guard
 from spotguard.notices import NoticeSource
 from spotguard.policies import RetentionPolicy, SavePolicy
@@ -131,7 +131,7 @@ class SpotGuard(Guard):
     def __init__(
         self,
         fabric: Any,
-        uri: "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]",
+        uri: RunPlaces,
         state: TrainState,
         *,
         every: SavePolicy | int | str | dt.timedelta | None = None,

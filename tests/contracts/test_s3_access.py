@@ -17,7 +17,10 @@ from spotguard.testing.object_store import get, put
 from tls import behind_tls, make_certificate
 
 MIB = 1 << 20
-ALL = ["s3:ListBucket", "s3:ListBucketVersions", "s3:GetBucketVersioning", "s3:GetObject", "s3:GetObjectVersion", "s3:PutObject", "s3:DeleteObject", "s3:DeleteObjectVersion"]  # fmt: skip
+ALL = [
+    "s3:ListBucket", "s3:ListBucketVersions", "s3:GetBucketVersioning", "s3:GetObject", "s3:GetObjectVersion", "s3:PutObject",
+    "s3:DeleteObject", "s3:DeleteObjectVersion",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -166,7 +166,7 @@ def test_more_objects_than_a_batch_holds_are_deleted(store: S3ObjectStore, monke
 
 def test_a_bucket_without_versions_is_refused_where_they_are_required(seaweedfs: S3Server) -> None:
     store = store_at(seaweedfs, seaweedfs.plain, versioning="require")
-    with pytest.raises(ConfigError, match="aws s3api put-bucket-versioning --bucket plain .*Status=Enabled"):
+    with pytest.raises(ConfigError, match=r"aws s3api put-bucket-versioning --bucket plain .*Status=Enabled"):
         put(store, "object", b"x")
     assert list(store.list("")) == []
 
@@ -194,7 +194,9 @@ def test_versions_are_turned_on_where_that_is_asked_for(moto: S3Server) -> None:
 # -- integrity --------------------------------------------------------------------------------------------------------------------
 
 
-def test_what_the_server_compares_is_found_out(store: S3ObjectStore, moto: S3Server, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_the_server_compares_is_found_out(
+    store: S3ObjectStore, moto: S3Server, caplog: pytest.LogCaptureFixture
+) -> None:
     assert store.able.checksum == "crc64nvme"
     assert "compares no checksum" not in caplog.text
     assert store_at(moto, moto.versioned).able.checksum is None
@@ -218,6 +220,18 @@ def test_the_server_tells_the_digest_of_what_it_holds(store: S3ObjectStore, size
 
 def test_the_probe_leaves_nothing_behind(store: S3ObjectStore) -> None:
     assert store.able.exclusive
+    assert list(store.list("")) == []
+    assert list(store.deleted("")) == []
+
+
+def test_the_probe_of_a_start_that_died_is_cleared_away_once_nobody_can_be_at_it(
+    store: S3ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(store, preflight.PROBE + "0123456789abcdef", b"x")
+    store.discard_partials(lambda key: False)
+    assert [info.key for info in store.list("")] == [preflight.PROBE + "0123456789abcdef"]
+    monkeypatch.setattr("spotguard.stores.s3.store._PROBE_AGE_S", -60.0)
+    at_uri_of(store).discard_partials(lambda key: False)
     assert list(store.list("")) == []
     assert list(store.deleted("")) == []
 
@@ -254,13 +268,12 @@ def test_an_upload_that_is_left_is_aborted(store: S3ObjectStore, ending: str, mo
     deadline = time.monotonic() + 3600 if ending == "deadline" else None
     error: type[BaseException] = DeadlineExceededError if ending == "deadline" else ZeroDivisionError
     assert store.able.exclusive
-    with pytest.raises(error):
-        with store.create("object", deadline=deadline) as writer:
-            writer.write(bytearray(12 * MIB))
-            if ending == "exception":
-                raise ZeroDivisionError
-            real = time.monotonic
-            monkeypatch.setattr("time.monotonic", lambda: real() + 7200)
+    with pytest.raises(error), store.create("object", deadline=deadline) as writer:
+        writer.write(bytearray(12 * MIB))
+        if ending == "exception":
+            raise ZeroDivisionError
+        real = time.monotonic
+        monkeypatch.setattr("time.monotonic", lambda: real() + 7200)
     monkeypatch.undo()
     assert_absent(store, "object")
     assert uploads_of(store) == []
@@ -274,7 +287,9 @@ def uploads_of(store: S3ObjectStore) -> list[str]:
 def test_uploads_of_older_attempts_are_cleared_away(store: S3ObjectStore) -> None:
     for name in ("checkpoints/0001-0000000010/model.pt", "checkpoints/0003-0000000010/model.pt"):
         store.connection.call("create_multipart_upload", name)
-    assert list(store.discard_partials(lambda key: key.startswith("checkpoints/0001"))) == ["checkpoints/0001-0000000010/model.pt"]
+    assert list(store.discard_partials(lambda key: key.startswith("checkpoints/0001"))) == [
+        "checkpoints/0001-0000000010/model.pt"
+    ]
     assert uploads_of(store) == ["checkpoints/0003-0000000010/model.pt"]
 
 
@@ -320,7 +335,7 @@ def test_a_bucket_that_does_not_exist_is_named(seaweedfs: S3Server) -> None:
         lambda: list(store.list("")),
     ]
     for attempt in attempts:
-        with pytest.raises(StoreAccessError, match="no-such-bucket-here.*does not exist"):
+        with pytest.raises(StoreAccessError, match=r"no-such-bucket-here.*does not exist"):
             attempt()
 
 
@@ -340,10 +355,17 @@ def test_wrong_credentials_are_told_from_missing_ones(seaweedfs: S3Server, monke
 
 @pytest.mark.parametrize(
     "options",
-    [{"sse": "AES256"}, {"sse": "aws:kms", "kms_key_id": "alias/ours"}, {"customer_key": b"k" * 32}, {"requester_pays": True}],
+    [
+        {"sse": "AES256"},
+        {"sse": "aws:kms", "kms_key_id": "alias/ours"},
+        {"customer_key": b"k" * 32},
+        {"requester_pays": True},
+    ],
     ids=lambda options: next(iter(options)),
 )
-def test_every_way_to_encrypt_and_to_pay_goes_through_the_whole_life_of_an_object(moto: S3Server, options: dict[str, Any]) -> None:
+def test_every_way_to_encrypt_and_to_pay_goes_through_the_whole_life_of_an_object(
+    moto: S3Server, options: dict[str, Any]
+) -> None:
     store = store_at(moto, moto.versioned, part_size=5 * MIB, **options)
     for name, data in {"small": b"bytes", "large": os.urandom(11 * MIB)}.items():
         put(store, name, data, exclusive=True)
@@ -352,7 +374,9 @@ def test_every_way_to_encrypt_and_to_pay_goes_through_the_whole_life_of_an_objec
         assert info is not None
         assert info.size == len(data)
     head = client_of(moto).head_object(
-        Bucket=moto.versioned, Key=store.address.prefix + "small", **({} if "customer_key" not in options else store.connection.options.get_params)
+        Bucket=moto.versioned,
+        Key=store.address.prefix + "small",
+        **({} if "customer_key" not in options else store.connection.options.get_params),
     )
     assert head.get("ServerSideEncryption") == (options.get("sse") or head.get("ServerSideEncryption"))
     store.delete(info.ref for info in list(store.list("")))
@@ -377,7 +401,10 @@ def test_an_option_that_makes_no_sense_is_named(options: dict[str, Any], message
         S3CheckpointStore("s3://bucket/run", **options)
 
 
-@pytest.mark.parametrize("uri", ["s3://", "s3://bucket", "s3://bucket/", "s3:///key", "s3://bucket/../x", "s3://bucket/run?versioning=require"])
+@pytest.mark.parametrize(
+    "uri",
+    ["s3://", "s3://bucket", "s3://bucket/", "s3:///key", "s3://bucket/../x", "s3://bucket/run?versioning=require"],
+)
 def test_a_uri_that_names_no_place_for_a_run_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError, match="s3://"):
         open_store(uri)

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -207,6 +208,8 @@ def end_child(action: Callable[[], object]) -> None:
     try:
         action()
         status = 0
+    except BaseException:  # noqa: BLE001 - nobody else would tell
+        traceback.print_exc()
     finally:
         os._exit(status)
 

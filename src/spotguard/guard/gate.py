@@ -16,7 +16,7 @@ from spotguard.checkpoint.layout import CHECKPOINTS, MANIFESTS
 from spotguard.errors import ConfigError
 from spotguard.guard.console import say
 from spotguard.stores import ObjectStore, ObjectWriter, open_store
-from spotguard.stores.base import ObjectInfo
+from spotguard.stores.base import ObjectInfo, Progress
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -64,12 +64,12 @@ class _GatedWriter:
     def info(self) -> ObjectInfo | None:
         return self._writer.info
 
-    def write(self, data: "Buffer", /) -> int:
+    def write(self, data: "Buffer", /, progress: Progress | None = None) -> int:
         view = memoryview(data).cast("B")
         half = len(view) // 2
-        done = self._writer.write(view[:half])
+        done = self._writer.write(view[:half], progress)
         self._gate.ask("write", key=self._key, done=done)
-        return done + self._writer.write(view[half:])
+        return done + self._writer.write(view[half:], progress)
 
 
 class _GatedStore:

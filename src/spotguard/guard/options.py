@@ -5,22 +5,39 @@ import datetime as dt
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from spotguard.errors import ConfigError
 from spotguard.notices import NoticeSource
 from spotguard.policies import RetentionPolicy, SavePolicy, as_retention_policy, as_save_policy
 from spotguard.settings import Settings, load_settings
-from spotguard.stores import ObjectStore, open_store
+from spotguard.stores import LocalObjectStore, ObjectStore, open_store
 
-__all__ = ["Options", "read_options", "refuse_several_ranks"]
+__all__ = ["Options", "RunPlace", "RunPlaces", "read_options", "refuse_several_ranks"]
+
+
+@runtime_checkable
+class HasObjects(Protocol):
+    """A `CheckpointStore`, or anything else that stands on an object store."""
+
+    @property
+    def objects(self) -> ObjectStore:
+        """It."""
+        ...
+
+
+RunPlace = str | os.PathLike[str] | ObjectStore | HasObjects
+"""Where a run is kept: a path, a URI, or a store."""
+
+RunPlaces = RunPlace | Sequence[RunPlace]
+"""One place, or several: tiers, fastest first."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What a guard was asked to do."""
 
-    store: ObjectStore
+    stores: tuple[ObjectStore, ...]
     policy: SavePolicy
     retention: RetentionPolicy
     sources: tuple[NoticeSource, ...]
@@ -42,11 +59,7 @@ def read_options(
         ConfigError: Names the first one that is wrong, and what to write instead.
     """
     settings = load_settings()
-    places = list(uri) if isinstance(uri, Sequence) and not isinstance(uri, str) else [uri]
-    if not all(isinstance(place, (str, os.PathLike)) for place in places):
-        raise ConfigError(f"uri={uri!r}: give a directory such as 'runs/my-run', or a URI as text")
-    if len(places) != 1:
-        raise ConfigError(f"uri={uri!r}: this release writes to one place; several tiers are not supported yet")
+    stores = _open_stores(uri)
     code = settings.choose("exit_code", exit_code)
     if type(code) is not int or not 1 <= code <= 255:
         raise ConfigError(f"exit_code={code!r}: must be 1 to 255; 0 would tell the scheduler that the work is done")
@@ -56,13 +69,36 @@ def read_options(
         if not isinstance(source, NoticeSource):
             raise ConfigError(f"notices=[{source!r}]: a notice source has a name and a method watch(emit, stop)")
     return Options(
-        store=open_store(places[0]),
+        stores=stores,
         policy=settings.choose("every", every, as_save_policy),
         retention=settings.choose("keep", keep, as_retention_policy),
         sources=tuple(notices),
         exit_code=code,
         settings=settings,
     )
+
+
+def _open_stores(uri: Any) -> tuple[ObjectStore, ...]:
+    several = isinstance(uri, Sequence) and not isinstance(uri, (str, bytes))
+    stores: dict[str, ObjectStore] = {}
+    for place in uri if several else [uri]:
+        if isinstance(place, ObjectStore):
+            store = place
+        elif isinstance(place, (str, os.PathLike)):
+            store = open_store(place)
+        elif isinstance(place, HasObjects) and isinstance(place.objects, ObjectStore):
+            store = place.objects
+        else:
+            raise ConfigError(
+                f"uri={uri!r}: give a directory such as 'runs/my-run', a URI as text, a store, or a list of these, fastest first"
+            )
+        where = os.path.realpath(store.root) if isinstance(store, LocalObjectStore) else store.uri.rstrip("/")
+        if where in stores:
+            raise ConfigError(f"uri={uri!r}: {store.uri} is named twice; each tier needs a place of its own")
+        stores[where] = store
+    if not stores:
+        raise ConfigError(f"uri={uri!r} names no place; give a directory such as 'runs/my-run', or a URI as text")
+    return tuple(stores.values())
 
 
 def refuse_several_ranks() -> None:

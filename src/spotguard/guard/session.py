@@ -37,6 +37,7 @@ from spotguard.events import (
     RunFinished,
     SaveFailed,
     Stopped,
+    TierUnreachable,
 )
 from spotguard.guard.console import say
 from spotguard.guard.event_log import EventLog
@@ -46,8 +47,7 @@ from spotguard.guard.options import Options
 from spotguard.guard.saver import Place, Saver
 from spotguard.notices import NoticeWatcher, PollingSource, PreemptionNotice, SignalSource
 from spotguard.pipeline.checkpoint import Checkpoint
-from spotguard.pipeline.history import claim_attempt, open_run
-from spotguard.pipeline.resolver import resolve
+from spotguard.pipeline.tiers import Tiers
 from spotguard.pipeline.writer import Writer
 from spotguard.policies import as_save_policy
 from spotguard.state.compare import fingerprint
@@ -66,14 +66,19 @@ class Loaded(NamedTuple):
     """What there is to resume from.
 
     Attributes:
-        manifest: Its manifest.
+        checkpoint: The checkpoint, in the tier that it was read from.
         payload: The state of each member, verified, on the CPU.
         rejected: Newer checkpoints that were passed over, with reasons.
     """
 
-    manifest: Manifest
+    checkpoint: Checkpoint
     payload: dict[str, Any]
     rejected: list[str]
+
+    @property
+    def manifest(self) -> Manifest:
+        """What it consists of."""
+        return self.checkpoint.manifest
 
 
 class Session:
@@ -98,7 +103,7 @@ class Session:
         place: Callable[[], Place],
     ) -> None:
         self._options, self._on_event, self._trees, self._place = options, on_event, trees, place
-        self.store, self._policy = options.store, options.policy
+        self._tiers, self._policy = Tiers(options.stores), options.policy
         self.alert = True
         self._prepared = self._listening = False
         self._began = time.monotonic()
@@ -116,8 +121,12 @@ class Session:
     @property
     def checkpoint(self) -> Checkpoint | None:
         """The newest committed checkpoint of this run, or None."""
-        last = self.writer.last if self.writer is not None else None
-        return Checkpoint(self.store, last) if last else None
+        return self.writer.checkpoint if self.writer is not None else None
+
+    @property
+    def uri(self) -> str:
+        """Where the run is kept, for messages."""
+        return self._tiers.uri
 
     @property
     def saver(self) -> Saver:
@@ -145,23 +154,30 @@ class Session:
             ConfigError: It cannot be written to, or another session of this process has it.
         """
         if self._options.settings.rehearsal:
-            self._gate, self.store, every = join_rehearsal(self._options.settings.rehearsal, self.store)
+            first = self._tiers.all[0].store  # a rehearsal keeps everything in one place of its own
+            self._gate, store, every = join_rehearsal(self._options.settings.rehearsal, first)
             self._cleanup.callback(self._gate.close)
+            self._tiers = Tiers([store])
             self._policy = self._policy if every is None else as_save_policy(every)
-        if self.store.uri in _open_runs:
-            raise ConfigError(
-                f"uri={self.store.uri!r} is guarded by another SpotGuard of this process; give each run a URI of its own"
-            )
-        _open_runs.add(self.store.uri)
-        self._cleanup.callback(_open_runs.discard, self.store.uri)
+        for store in [tier.store for tier in self._tiers.all]:
+            if store.uri in _open_runs:
+                raise ConfigError(
+                    f"uri={store.uri!r} is guarded by another SpotGuard of this process; give each run a URI of its own"
+                )
+            _open_runs.add(store.uri)
+            self._cleanup.callback(_open_runs.discard, store.uri)
         try:
-            self._run_id = open_run(self.store).run_id
-            claim = claim_attempt(self.store)
+            self._run_id = self._tiers.open()
+            claim, self._history = self._tiers.claim()
         except StoreAccessError as error:
-            raise ConfigError(f"uri={self.store.uri!r} cannot be written to: {error}") from error
+            raise ConfigError(f"uri={self.uri!r} cannot be written to: {error}") from error
         self._attempt = claim.attempt
-        self._bus.add(EventLog(self.store, claim.attempt))
-        self.publish(AttemptClaimed(attempt=claim.attempt, parent=claim.parent, uri=self.store.uri))
+        self._home = self._tiers.home
+        self._bus.add(EventLog(self._home, claim.attempt))
+        self.publish(AttemptClaimed(attempt=claim.attempt, parent=claim.parent, uri=self._home.uri))
+        for tier in self._tiers.unreachable:
+            say(f"{tier.store.uri} cannot be reached, it is tried again at each save: {tier.error}")
+            self.publish(TierUnreachable(tier=tier.store.uri, error=f"{type(tier.error).__name__}: {tier.error}"))
 
     def load(self) -> Loaded | None:
         """Resolve, verify and read what to resume from; None for a fresh start.
@@ -171,16 +187,17 @@ class Session:
         """
         self._began = time.monotonic()
         with Meter("verifying and loading the checkpoint") as meter:
-            resolution = resolve(self.store, run_id=self._run_id, load=True, progress=meter.advance)
-        rejected = [f"checkpoint {item.id} is passed over: {item.reason}" for item in resolution.rejected]
+            resolution = self._tiers.resolve(self._history, self._run_id, meter.advance)
+        what = "a copy of checkpoint" if self._tiers.several else "checkpoint"
+        rejected = [f"{what} {item.id} is passed over: {item.reason}" for item in resolution.rejected]
         for candidate, line in zip(resolution.rejected, rejected, strict=True):
             say(line)
             self.publish(CandidateRejected(checkpoint=candidate.id, reason=candidate.reason))
         checkpoint = resolution.require()
         if checkpoint is not None and resolution.loaded is not None:
-            return Loaded(checkpoint.manifest, resolution.loaded, rejected)
+            return Loaded(checkpoint, resolution.loaded, rejected)
         self.publish(FreshStart(attempt=self._attempt))
-        say(f"fresh start, no checkpoint in {self.store.uri} yet")
+        say(f"fresh start, no checkpoint in {self.uri} yet")
         if self._gate is not None:
             self._gate.ask("fresh", rng={name: fingerprint(value) for name, value in capture_rng().items()})
         return None
@@ -206,7 +223,9 @@ class Session:
         )
         say(
             f"resumed from {identity} in {format_seconds(seconds)}: step {step}, epoch {manifest.epoch}, "
-            f"batch {manifest.batch}" + (", finished" if manifest.finished else "")
+            f"batch {manifest.batch}"
+            + (", finished" if manifest.finished else "")
+            + (f", read from {loaded.checkpoint.store.uri}" if self._tiers.several else "")
         )
 
     def begin(self, resumed: Manifest | None) -> None:
@@ -219,7 +238,7 @@ class Session:
             Preempted: A notice came while we were getting ready: there is nothing to save.
         """
         self.writer = Writer(
-            self.store,
+            self._tiers,
             run_id=self._run_id,
             attempt=self._attempt,
             retention=self._options.retention,
@@ -359,7 +378,7 @@ class Session:
     def _take_request_away(self) -> None:
         """A request to stop is met by any stop, and by the end of the run; the next start must not obey it."""
         with contextlib.suppress(OSError):
-            self.store.delete([ObjectRef(STOP)])
+            self._home.delete([ObjectRef(STOP)])
 
     def _stop_requested(self) -> str | None:
-        return None if self.store.stat(STOP) is None else "a request to stop"
+        return None if self._home.stat(STOP) is None else "a request to stop"

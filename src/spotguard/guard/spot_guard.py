@@ -22,7 +22,7 @@ from spotguard.errors import ConfigError
 from spotguard.events import EventHook
 from spotguard.guard.batches import Batches, length_of
 from spotguard.guard.console import say
-from spotguard.guard.options import read_options, refuse_several_ranks
+from spotguard.guard.options import RunPlaces, read_options, refuse_several_ranks
 from spotguard.guard.restorer import Restorer
 from spotguard.guard.saver import RANK, Place
 from spotguard.guard.session import Session
@@ -43,7 +43,7 @@ class SpotGuard:
     """Makes a training loop survive whatever kills the process, and go on bit for bit.
 
     Args:
-        uri: Where the run is kept: a path, ``file:///path`` or ``memory://name``. The same one at every start.
+        uri: Where the run is kept: a path, a URI or a store, or a list of these, fastest first: tiers. The same at every start.
         state: What is saved.
         every: When to save: ``"10m"``, ``500`` steps, ``"auto"``, or a policy such as ``EverySteps(500) | EverySeconds(600)``.
             Default: ``SPOTGUARD_EVERY``, else ``"10m"``.
@@ -77,7 +77,7 @@ class SpotGuard:
 
     def __init__(
         self,
-        uri: "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]",
+        uri: RunPlaces,
         state: TrainState,
         *,
         every: SavePolicy | int | str | dt.timedelta | None = None,

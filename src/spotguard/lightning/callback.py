@@ -4,7 +4,6 @@ import contextlib
 import copy
 import datetime as dt
 import importlib
-import os
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from spotguard._time import utc_now
 from spotguard.errors import ConfigError, Preempted
 from spotguard.events import EventHook
 from spotguard.guard.console import say
-from spotguard.guard.options import read_options, refuse_several_ranks
+from spotguard.guard.options import RunPlaces, read_options, refuse_several_ranks
 from spotguard.guard.session import Loaded, Session
 from spotguard.lightning._host import base_class, host_of
 from spotguard.lightning.fit import MODEL, GuardedFit, check_payload, check_trainer
@@ -36,7 +35,7 @@ class SpotGuardCallback(Callback):  # type: ignore[misc]
     """Makes ``Trainer.fit`` survive whatever kills the process, and go on bit for bit.
 
     Args:
-        uri: Where the run is kept: a path, ``file:///path`` or ``memory://name``. The same one at every start.
+        uri: Where the run is kept: a path, a URI or a store, or a list of these, fastest first: tiers. The same at every start.
         every: When to save: ``"10m"``, ``500`` batches, ``"1 epoch"``, ``"auto"``, or a policy such as
             ``EverySteps(500) | EverySeconds(600)``. Default: ``SPOTGUARD_EVERY``, else ``"10m"``.
         keep: What to keep: a number of newest checkpoints, or a policy. One that goes by a metric, such as
@@ -61,7 +60,7 @@ class SpotGuardCallback(Callback):  # type: ignore[misc]
 
     def __init__(
         self,
-        uri: "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]",
+        uri: RunPlaces,
         *,
         every: SavePolicy | int | str | dt.timedelta | None = None,
         keep: RetentionPolicy | int | None = None,
@@ -97,7 +96,7 @@ class SpotGuardCallback(Callback):  # type: ignore[misc]
                 session.open()
                 self._loaded = session.load()
                 if self._loaded is not None:
-                    check_payload(self._loaded, session.store.uri)
+                    check_payload(self._loaded, session.uri)
             except BaseException:
                 session.close()
                 raise
@@ -119,7 +118,7 @@ class SpotGuardCallback(Callback):  # type: ignore[misc]
         if self._session is None:
             return None
         if self._session.checkpoint is None and self._loaded is not None:
-            return Checkpoint(self._session.store, self._loaded.manifest)
+            return self._loaded.checkpoint
         return self._session.checkpoint
 
     def close(self) -> None:
@@ -196,7 +195,7 @@ class SpotGuardCallback(Callback):  # type: ignore[misc]
         try:
             if loaded is not None and not self._handed:
                 raise ConfigError(
-                    f"the run at {session.store.uri} has checkpoint {loaded.manifest.id}, and this fit would not begin there. "
+                    f"the run at {session.uri} has checkpoint {loaded.manifest.id}, and this fit would not begin there. "
                     "Pass it on: trainer.fit(..., ckpt_path=guard.resume_path()). To begin anew, use another URI"
                 )
             fit.begin(session, loaded, self._handlers)

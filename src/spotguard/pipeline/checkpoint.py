@@ -1,18 +1,20 @@
 """A committed checkpoint, to be verified and read."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import logging
 from typing import Any
 
 from spotguard.checkpoint import CheckpointId, Digest, Manifest, ShardRecord
-from spotguard.errors import CheckpointDamagedError, ObjectNotFoundError
-from spotguard.pipeline.objects import read_object, retried
-from spotguard.stores import ObjectStore
+from spotguard.errors import CheckpointDamagedError, ObjectNotFoundError, StoreError
+from spotguard.pipeline.objects import Tally, changing_bytes, read_record, retried
+from spotguard.stores import ObjectStore, Progress
 
-__all__ = ["Checkpoint", "load_manifest"]
+__all__ = ["Checkpoint", "Progress", "ask_store", "fetch_shard", "load_manifest"]
 
-_PIECE = 32 << 20
-Progress = Callable[[int], None]
+logger = logging.getLogger(__name__)
+
+_WINDOW = 128 << 20  # of a shard that is read to be verified, and not kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,42 +90,75 @@ def fetch_shard(
         store: Where it is.
         shard: What it must be.
         progress: Called with the number of bytes done, for each piece.
-        keep: Whether to keep the bytes; without, memory for one piece is enough.
+        keep: Whether to keep the bytes; without, memory for a window of them is enough.
 
     Returns:
         The bytes; empty without `keep`.
 
     Raises:
-        CheckpointDamagedError: It is missing, has another size or another digest.
+        CheckpointDamagedError: It is missing, has another size, or two readings agree on another digest.
+        StoreError: Each reading gave other bytes: the way here is at fault, and that proves nothing of the shard.
     """
     where = f"{store.uri}/{shard.key}"
 
-    def fetch() -> memoryview:
-        if not shard.digest.startswith("crc64nvme:"):
-            raise CheckpointDamagedError(
-                f"{where}: digest {shard.digest.partition(':')[0]!r} is not known to this release"
-            )
-        with store.open(shard.key, version=shard.version) as reader:
-            if reader.size != shard.size:
-                raise CheckpointDamagedError(f"{where} has {reader.size} bytes, the manifest says {shard.size}")
-            whole = memoryview(bytearray(shard.size if keep else min(shard.size, _PIECE)))
-            digest = Digest()
-            for offset in range(0, shard.size, _PIECE):
-                length = min(_PIECE, shard.size - offset)
-                piece = whole[offset : offset + length] if keep else whole[:length]
-                if reader.read_into(piece, offset) != length:
-                    raise CheckpointDamagedError(f"{where} ends before byte {offset + length} while it is read")
-                digest.update(piece)
-                if progress is not None:
-                    progress(length)
-        if str(digest) != shard.digest:
-            raise CheckpointDamagedError(f"{where} is damaged: digest {digest}, the manifest says {shard.digest}")
-        return whole if keep else whole[:0]
+    if not shard.digest.startswith("crc64nvme:"):
+        raise CheckpointDamagedError(f"{where}: digest {shard.digest.partition(':')[0]!r} is not known to this release")
+    tally, seen = Tally(progress), list[str]()
+    for _ in range(3):
+        try:
+            data, found = retried(functools.partial(_read_shard, store, shard, tally, keep=keep))
+        except ObjectNotFoundError as error:
+            raise CheckpointDamagedError(f"{where} is missing") from error
+        if found == f"digest {shard.digest}":
+            if seen:
+                logger.warning("%s came damaged at first (%s), and whole when it was read again", where, seen[0])
+            return data
+        if seen == [found]:
+            raise CheckpointDamagedError(f"{where} is damaged: {found}, the manifest says {shard.digest}")
+        seen.append(found)
+    raise StoreError(changing_bytes(where))
 
-    try:
-        return retried(fetch)
-    except ObjectNotFoundError as error:
-        raise CheckpointDamagedError(f"{where} is missing") from error
+
+def _read_shard(store: ObjectStore, shard: ShardRecord, tally: Tally, *, keep: bool) -> tuple[memoryview, str]:
+    """One reading: the bytes, if they are to be kept and are right, and what they turned out to be."""
+    tally.restart()
+    where = f"{store.uri}/{shard.key}"
+    with store.open(shard.key, version=shard.version) as reader:
+        if reader.size != shard.size:
+            raise CheckpointDamagedError(f"{where} has {reader.size} bytes, the manifest says {shard.size}")
+        window = shard.size if keep else _WINDOW
+        buffer = memoryview(bytearray(min(window, shard.size)))
+        digest = Digest()
+        for offset in range(0, shard.size, window or 1):
+            piece = buffer[: min(window, shard.size - offset)]
+            if (count := reader.read_into(piece, offset, tally)) != len(piece):
+                return buffer[:0], f"it ends before byte {offset + count + 1} while it is read"
+            digest.update(piece)
+    return buffer if keep and str(digest) == shard.digest else buffer[:0], f"digest {digest}"
+
+
+def ask_store(store: ObjectStore, shard: ShardRecord) -> bool:
+    """Ask the store alone, without reading the shard.
+
+    Returns:
+        Whether that is proof; False where the size is right and the store has not computed a digest of this kind.
+
+    Raises:
+        CheckpointDamagedError: It is missing, has another size or another digest.
+    """
+    where = f"{store.uri}/{shard.key}"
+    info = retried(lambda: store.stat(shard.key, version=shard.version))
+    if info is None:
+        raise CheckpointDamagedError(f"{where} is missing")
+    if info.size != shard.size:
+        raise CheckpointDamagedError(f"{where} has {info.size} bytes, the manifest says {shard.size}")
+    if info.digest is None or info.digest.partition(":")[0] != shard.digest.partition(":")[0]:
+        return False
+    if info.digest != shard.digest:
+        raise CheckpointDamagedError(
+            f"{where} is damaged: digest {info.digest} by the store's own account, the manifest says {shard.digest}"
+        )
+    return True
 
 
 def load_manifest(store: ObjectStore, identity: CheckpointId, *, run_id: str | None = None) -> Manifest:
@@ -135,7 +170,7 @@ def load_manifest(store: ObjectStore, identity: CheckpointId, *, run_id: str | N
     """
     where = f"{store.uri}/{identity.manifest_key}"
     try:
-        manifest = Manifest.from_bytes(read_object(store, identity.manifest_key), key=where)
+        manifest = read_record(store, identity.manifest_key, lambda data: Manifest.from_bytes(data, key=where))
     except ObjectNotFoundError as error:
         raise CheckpointDamagedError(f"{where} is gone") from error
     if manifest.id != identity:

@@ -7,8 +7,10 @@ from typing import Any
 from spotguard.checkpoint import CheckpointId
 from spotguard.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError
 from spotguard.pipeline.checkpoint import Checkpoint, Progress, load_manifest
-from spotguard.pipeline.history import claim_attempt, open_run, read_history
+from spotguard.pipeline.history import claim_and_look, claim_attempt, open_run, read_history
+from spotguard.pipeline.objects import together
 from spotguard.pipeline.resolver import Resolution, resolve
+from spotguard.pipeline.restore import DeletedCheckpoint, deleted_checkpoints, restore_checkpoint
 from spotguard.pipeline.sweeper import SweepPlan, sweep
 from spotguard.policies import RetentionPolicy, as_retention_policy
 from spotguard.stores import ObjectStore, open_store
@@ -72,8 +74,9 @@ class CheckpointStore:
             raise ConfigError("save({}): there is nothing to save; pass {'model': model.state_dict()}")
         if self._attempt is None:
             self._run_id = open_run(self.objects).run_id
-            claim = claim_attempt(self.objects)  # before looking: from here on nobody else can sweep away what is found
-            self._previous = resolve(self.objects, run_id=self._run_id).require()
+            # Before looking: from here on nobody else can sweep away what is found.
+            claim, history = claim_and_look(self.objects)
+            self._previous = resolve(self.objects, run_id=self._run_id, history=history).require()
             self._attempt, self._used = claim.attempt, None
         before = self._previous.manifest if self._previous else None
         sequence = self._used[1] + 1 if self._used and self._used[0] == step else 0
@@ -92,13 +95,15 @@ class CheckpointStore:
 
     def list(self) -> Sequence[Checkpoint]:
         """Every committed checkpoint whose manifest is intact, oldest first, those left behind by a rollback included."""
-        found = []
-        for identity in read_history(self.objects).manifests:
+
+        def read(identity: CheckpointId) -> Checkpoint | None:
             try:
-                found.append(Checkpoint(self.objects, load_manifest(self.objects, identity)))
+                return Checkpoint(self.objects, load_manifest(self.objects, identity))
             except CheckpointDamagedError:
-                continue
-        return found
+                return None
+
+        found = together(read, read_history(self.objects).manifests)
+        return [checkpoint for checkpoint in found if checkpoint is not None]
 
     def resolve(self, progress: Progress | None = None) -> Resolution:
         """What to resume from and why; see `Resolution`."""
@@ -150,6 +155,24 @@ class CheckpointStore:
         load_manifest(self.objects, identity)
         self._attempt, self._previous = None, None
         return checkpoint
+
+    def deleted(self) -> Sequence[DeletedCheckpoint]:
+        """Checkpoints whose manifest was deleted and is still kept, oldest first.
+
+        Raises:
+            ConfigError: The store does not keep what is deleted.
+        """
+        return deleted_checkpoints(self.objects)
+
+    def restore(self, identity: str, progress: Progress | None = None) -> Checkpoint:
+        """Bring back a deleted checkpoint, by its id, once every byte of it is verified.
+
+        Raises:
+            CheckpointNotFoundError: No deleted checkpoint of that id is kept.
+            CheckpointDamagedError: A shard is gone or damaged; nothing has been changed.
+            ConfigError: The store does not keep what is deleted.
+        """
+        return restore_checkpoint(self.objects, CheckpointId.parse(identity), progress)
 
     def prune(self, keep: RetentionPolicy | int, *, dry_run: bool = False) -> SweepPlan:
         """Delete what the policy does not want; never the newest checkpoint, and nothing that a running save may need."""

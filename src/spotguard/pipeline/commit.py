@@ -9,21 +9,23 @@
 
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import spotguard
 from spotguard._time import utc_now
 from spotguard.checkpoint import CheckpointId, Manifest, ShardRecord, digest_of
 from spotguard.checkpoint.layout import ATTEMPTS, claim_key, parse_claim_key
-from spotguard.errors import FencedError, ObjectExistsError
-from spotguard.pipeline.objects import read_object, retried, write_object
+from spotguard.errors import FencedError
+from spotguard.pipeline.objects import Tally, create_object, retried
 from spotguard.state.codec import check_readable
 from spotguard.state.snapshot import ShardImage, Snapshot
-from spotguard.stores import ObjectStore
+from spotguard.stores import ObjectStore, Progress
 
-__all__ = ["check_fence", "commit"]
+__all__ = ["ClaimGoneError", "check_fence", "commit"]
 
-Progress = Callable[[int], None]
+
+class ClaimGoneError(FencedError):
+    """The claim of this very attempt is not there any more."""
 
 
 def commit(
@@ -34,6 +36,7 @@ def commit(
     attempt: int,
     sequence: int = 0,
     previous: Manifest | None = None,
+    parent: CheckpointId | None = None,
     reuse: bool = True,
     metrics: Mapping[str, float] | None = None,
     deadline: float | None = None,
@@ -47,7 +50,8 @@ def commit(
         run_id: Identity of the run.
         attempt: Number that this process has claimed.
         sequence: Counts commits at one step.
-        previous: The commit before this one in the same history.
+        previous: The commit before this one in the same history, in this store.
+        parent: The commit before this one in the same history, where that is not `previous` but in another store.
         reuse: Name its shards again where they have not changed; not where it was found damaged.
         metrics: Recorded for retention and for people.
         deadline: Instant (monotonic seconds) by which it must be done.
@@ -81,19 +85,14 @@ def commit(
         epoch=snapshot.epoch,
         batch=snapshot.batch,
         finished=snapshot.finished,
-        parent=str(previous.id) if previous else None,
+        parent=str(parent or (previous.id if previous else "")) or None,
         metrics=dict(metrics or {}),
         libraries=_libraries(),
         created_at=utc_now(),
         shards=tuple(shards),
     )
-    data = manifest.to_bytes()
-    try:
-        write_object(store, identity.manifest_key, data, exclusive=True)
-    except ObjectExistsError:
-        # The answer to a create that worked may get lost; the retry then finds our own manifest. The time in it makes it ours alone.
-        if read_object(store, identity.manifest_key) != data:
-            raise
+    # The time in it makes it ours alone: where the answer to a create gets lost, the retry knows it again.
+    create_object(store, identity.manifest_key, manifest.to_bytes())
     return manifest, written
 
 
@@ -102,11 +101,12 @@ def check_fence(store: ObjectStore, attempt: int) -> None:
 
     Raises:
         FencedError: Names that attempt.
+        ClaimGoneError: The claim of this one is gone.
     """
     claimed = [parse_claim_key(info.key) or 0 for info in retried(lambda: list(store.list(ATTEMPTS)))]
     newest = max(claimed, default=0)
     if attempt not in claimed:
-        raise FencedError(
+        raise ClaimGoneError(
             f"the claim of this attempt, {store.uri}/{claim_key(attempt)}, is gone: the run was moved or deleted while it was "
             "being trained. "
             "Bring the directory back and start again"
@@ -126,14 +126,12 @@ def _write_shard(
     deadline: float | None,
     progress: Progress | None,
 ) -> ShardRecord:
-    key, step = identity.shard_key(image.name), 32 << 20
+    key, tally = identity.shard_key(image.name), Tally(progress)
 
     def write() -> str | None:
+        tally.restart()
         with store.create(key, deadline=deadline) as writer:
-            for start in range(0, len(image.data), step):
-                count = writer.write(image.data[start : start + step])
-                if progress is not None:
-                    progress(count)
+            writer.write(image.data, tally)
         return writer.info.version if writer.info else None
 
     version = retried(write)

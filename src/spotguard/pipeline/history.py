@@ -3,28 +3,26 @@
 import dataclasses
 import os
 import socket
-import time
-import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import spotguard
 from spotguard._time import utc_now
-from spotguard.checkpoint import CheckpointId, Claim, RunRecord
-from spotguard.checkpoint.layout import ATTEMPTS, MANIFESTS, RUN, claim_key, parse_claim_key, parse_manifest_key
-from spotguard.errors import (
-    CheckpointDamagedError,
-    NoUsableCheckpointError,
-    ObjectExistsError,
-    ObjectNotFoundError,
-    StoreError,
-)
-from spotguard.pipeline.objects import read_object, retried, write_object
-from spotguard.stores import ObjectStore
+from spotguard.checkpoint import CheckpointId, Claim
+from spotguard.checkpoint.layout import ATTEMPTS, MANIFESTS, claim_key, parse_claim_key, parse_manifest_key
+from spotguard.errors import CheckpointDamagedError, NoUsableCheckpointError, ObjectExistsError
+from spotguard.pipeline.identity import open_run
+from spotguard.pipeline.objects import create_object, read_record, retried, together
+from spotguard.stores import ObjectRef, ObjectStore
 
-__all__ = ["History", "claim_attempt", "lineage", "open_run", "read_history"]
-
-# How often, and how far apart, a start looks for the run record that another one is creating.
-_PATIENCE, _PAUSE_S = 20, 0.05
+__all__ = [
+    "History",
+    "claim_and_look",
+    "claim_attempt",
+    "lineage",
+    "merge_histories",
+    "open_run",
+    "read_history",
+    "take_attempt",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +33,18 @@ class History:
         claims: By attempt. One that cannot be read stands here without a parent.
         manifests: Ids of all committed checkpoints, in order.
         damaged: Attempts whose claim is damaged or gone, and what is wrong with it.
+        refs: What to delete so that a checkpoint is none any more.
     """
 
     claims: Mapping[int, Claim]
     manifests: tuple[CheckpointId, ...]
     damaged: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    refs: Mapping[CheckpointId, ObjectRef] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def intact(self) -> dict[int, Claim]:
+        """The claims that could be read."""
+        return {attempt: claim for attempt, claim in self.claims.items() if attempt not in self.damaged}
 
     @property
     def newest_attempt(self) -> int:
@@ -80,62 +85,66 @@ def lineage(claims: Mapping[int, Claim], manifests: Iterable[CheckpointId]) -> l
     return found
 
 
-def read_history(store: ObjectStore) -> History:
+def read_history(store: ObjectStore, *, known: History | None = None) -> History:
     """List claims and manifests. Keys that are not ours are passed over.
+
+    Args:
+        store: The run.
+        known: An earlier listing of the same store: claims never change, so those that were intact in it are not read again.
 
     Raises:
         FormatTooNewError: A later release has claimed an attempt.
     """
-    claims: dict[int, Claim] = {}
+
+    def read(attempt: int) -> Claim | str:
+        key = claim_key(attempt)
+        try:
+            return read_record(store, key, lambda data: Claim.from_bytes(data, key=f"{store.uri}/{key}"))
+        except CheckpointDamagedError as error:
+            return str(error)
+
+    found = [parse_claim_key(info.key) for info in retried(lambda: list(store.list(ATTEMPTS)))]
+    listed = [attempt for attempt in found if attempt is not None]
+    old = known.intact if known is not None else {}
+    claims = {attempt: old[attempt] for attempt in listed if attempt in old}
     damaged: dict[int, str] = {}
-    for info in retried(lambda: list(store.list(ATTEMPTS))):
-        if (attempt := parse_claim_key(info.key)) is not None:
-            try:
-                claims[attempt] = Claim.from_bytes(read_object(store, info.key), key=f"{store.uri}/{info.key}")
-            except CheckpointDamagedError as error:
-                damaged[attempt] = str(error)
-    keys = [parse_manifest_key(info.key) for info in retried(lambda: list(store.list(MANIFESTS)))]
-    manifests = tuple(sorted(identity for identity in keys if identity is not None))
+    unknown = [attempt for attempt in listed if attempt not in old]
+    for attempt, answer in zip(unknown, together(read, unknown), strict=True):
+        if isinstance(answer, Claim):
+            claims[attempt] = answer
+        else:
+            damaged[attempt] = answer
+    infos = retried(lambda: list(store.list(MANIFESTS)))
+    refs = {identity: info.ref for info in infos if (identity := parse_manifest_key(info.key)) is not None}
+    manifests = tuple(sorted(refs))
     for attempt in {identity.attempt for identity in manifests} - set(claims) - set(damaged):
         damaged[attempt] = f"{store.uri}/{claim_key(attempt)} is missing, but there are checkpoints of that attempt"
     for claim in list(claims.values()):
         if claim.parent is not None and claim.parent not in claims:
             where = f"{store.uri}/{claim_key(claim.parent)}"
             damaged.setdefault(claim.parent, f"{where} is missing, but attempt {claim.attempt} continues it")
-    for attempt in damaged:
-        claims[attempt] = Claim(attempt=attempt, created_at=utc_now(), reason="unreadable")
-    return History(claims, manifests, damaged)
+    return History(claims | _unreadable(damaged), manifests, damaged, refs)
 
 
-def open_run(store: ObjectStore) -> RunRecord:
-    """Read the identity of the run, or give it one.
+def merge_histories(histories: Sequence[History]) -> History:
+    """What several stores of one run tell together: a claim is damaged only where none of them has it intact.
 
-    Raises:
-        StoreError: There are checkpoints, and the record that says whose they are is gone.
+    Args:
+        histories: One for each store. Of two claims to one number, which only starts that do not see the same stores can make, the first
+            counts.
     """
-    for tries in range(2 * _PATIENCE):
-        try:
-            return RunRecord.from_bytes(read_object(store, RUN), key=f"{store.uri}/{RUN}")
-        except ObjectNotFoundError:
-            record = RunRecord(run_id=uuid.uuid4().hex, created_at=utc_now(), spotguard=spotguard.__version__)
-        keys = [info.key for info in retried(lambda: list(store.list(MANIFESTS)))]
-        if ours := next((key for key in keys if parse_manifest_key(key)), None):
-            raise StoreError(
-                f"{store.uri} holds checkpoints ({ours}) but no {RUN}: it was copied or deleted in part. "
-                f"Bring {RUN} back, or choose another directory"
-            )
-        try:
-            write_object(store, RUN, record.to_bytes(), exclusive=True)
-        except (ObjectExistsError, ObjectNotFoundError):
-            # Another start came first: its record counts. If none appears, it died between taking the name and giving it content
-            # (on a mount without hard links). What it left is removed, and with it its means to come back.
-            if tries >= 1:
-                time.sleep(_PAUSE_S)
-            if tries == _PATIENCE:
-                store.discard_partials(lambda key: key == RUN)
-            continue
-        return record
-    raise StoreError(f"{store.uri}/{RUN} can be neither read nor created")
+    claims: dict[int, Claim] = {}
+    damaged: dict[int, str] = {}
+    for history in histories:
+        claims = history.intact | claims
+        damaged = dict(history.damaged) | damaged
+    damaged = {attempt: text for attempt, text in damaged.items() if attempt not in claims}
+    manifests = sorted({identity for history in histories for identity in history.manifests})
+    return History(claims | _unreadable(damaged), tuple(manifests), damaged)
+
+
+def _unreadable(damaged: Iterable[int]) -> dict[int, Claim]:
+    return {attempt: Claim(attempt=attempt, created_at=utc_now(), reason="unreadable") for attempt in damaged}
 
 
 def claim_attempt(store: ObjectStore, *, rollback_to: CheckpointId | None = None) -> Claim:
@@ -151,18 +160,55 @@ def claim_attempt(store: ObjectStore, *, rollback_to: CheckpointId | None = None
     Raises:
         NoUsableCheckpointError: Claims are damaged, and without them no checkpoint is known to be of this history.
     """
-    skip, mine = 0, set[int]()
+    return claim_and_look(store, rollback_to=rollback_to)[0]
+
+
+def claim_and_look(store: ObjectStore, *, rollback_to: CheckpointId | None = None) -> tuple[Claim, History]:
+    """As `claim_attempt`; also returns what a listing told after the claim, for `resolve`."""
+    known: History | None = None
+
+    def read() -> Sequence[History]:
+        nonlocal known
+        known = read_history(store, known=known)
+        return [known]
+
+    def write(claim: Claim) -> None:
+        create_object(store, claim_key(claim.attempt), claim.to_bytes())
+
+    return take_attempt(read, write, rollback_to=rollback_to)
+
+
+def take_attempt(
+    read: Callable[[], Sequence[History]],
+    write: Callable[[Claim], None],
+    *,
+    rollback_to: CheckpointId | None = None,
+) -> tuple[Claim, History]:
+    """As `claim_attempt`, wherever the claims are.
+
+    Args:
+        read: Lists every store of the run.
+        write: Writes a claim, create-only, into every store; raises ObjectExistsError where the number is taken in one of them.
+        rollback_to: Continue from this checkpoint instead of the newest.
+
+    Returns:
+        The claim as written, and what a listing told after it.
+
+    Raises:
+        NoUsableCheckpointError: Claims are damaged, and without them no checkpoint is known to be of this history.
+    """
+    skip, mine = 0, dict[int, Claim]()
     while True:
-        history = read_history(store)
-        newest, before = history.newest_attempt, _without(history, mine)
+        seen = read()
+        newest, before = merge_histories(seen).newest_attempt, _without(seen, mine)
         line = before.lineage
         if rollback_to is not None:
             parent, bound, reason = rollback_to.attempt, rollback_to.step, "rollback"
-        elif not line and history.damaged:
+        elif not line and before.damaged:
             # A claim made now would say that there was nothing to continue, for good, even if the damaged ones are brought back.
             raise NoUsableCheckpointError(
                 "it is not known which checkpoints belong to this run:\n  "
-                + "\n  ".join(history.damaged.values())
+                + "\n  ".join(before.damaged.values())
                 + "\n"
                 "Bring the claims back, 'spotguard rollback' to a whole checkpoint, or start a new run under another URI"
             )
@@ -178,26 +224,33 @@ def claim_attempt(store: ObjectStore, *, rollback_to: CheckpointId | None = None
             created_at=utc_now(),
         )
         try:
-            write_object(store, claim_key(claim.attempt), claim.to_bytes(), exclusive=True)
+            write(claim)
         except ObjectExistsError:
             # Somebody was faster, or died between taking the name and giving it content; in the latter case go on to the next number.
-            skip = skip + 1 if read_history(store).newest_attempt == newest else 0
+            skip = skip + 1 if merge_histories(read()).newest_attempt == newest else 0
             continue
         # A process that is about to be fenced off may have committed between our listing and our claim, and swept away what we are about
         # to resume from. From here on no commit of it can go unseen by its own sweep, so one more look is enough.
-        mine.add(claim.attempt)
-        after = read_history(store)
+        mine[claim.attempt] = claim
+        seen = read()
+        after = merge_histories(seen)
         if (
             rollback_to is None
             and after.newest_attempt == claim.attempt
-            and _without(after, mine).lineage[:1] != line[:1]
+            and _without(seen, mine).lineage[:1] != line[:1]
         ):
             skip = 0
             continue
-        return claim
+        return claim, after
 
 
-def _without(history: History, attempts: set[int]) -> History:
-    """The history as it would be had these attempts never been claimed."""
-    claims = {attempt: claim for attempt, claim in history.claims.items() if attempt not in attempts}
-    return dataclasses.replace(history, claims=claims)
+def _without(histories: Sequence[History], mine: Mapping[int, Claim]) -> History:
+    """What the stores would tell had these claims never been made."""
+    return merge_histories(
+        [
+            dataclasses.replace(
+                history, claims={number: claim for number, claim in history.claims.items() if claim != mine.get(number)}
+            )
+            for history in histories
+        ]
+    )

@@ -1,17 +1,20 @@
 """Choosing what to resume from, and saying why."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import logging
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
 
 from spotguard.checkpoint import CheckpointId
 from spotguard.checkpoint.layout import claim_key
-from spotguard.errors import CheckpointDamagedError, NoUsableCheckpointError
+from spotguard.errors import CheckpointDamagedError, NoUsableCheckpointError, StoreError
 from spotguard.pipeline.checkpoint import Checkpoint, load_manifest
 from spotguard.pipeline.history import History, read_history
 from spotguard.stores import ObjectStore
 
-__all__ = ["Candidate", "Resolution", "resolve"]
+__all__ = ["Candidate", "Place", "Resolution", "resolve", "resolve_among"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,11 +25,25 @@ class Candidate:
         id: Its id.
         verdict: ``"chosen"``, ``"rejected"``, ``"older"`` (not looked at: a newer one was chosen) or ``"off lineage"``.
         reason: Why.
+        tier: The store whose copy was looked at; empty where none was.
     """
 
     id: str
     verdict: str
     reason: str
+    tier: str = ""
+
+
+class Place(NamedTuple):
+    """A store of the run.
+
+    Attributes:
+        store: Where.
+        holds: Checkpoints that are committed there.
+    """
+
+    store: ObjectStore
+    holds: Collection[CheckpointId]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +106,30 @@ def resolve(
         StoreError: The store could not be read, even after retries. That is no damage either.
     """
     history = history or read_history(store)
+    return resolve_among([Place(store, history.manifests)], history, run_id=run_id, load=load, progress=progress)
+
+
+def resolve_among(
+    places: Sequence[Place],
+    history: History,
+    *,
+    run_id: str | None = None,
+    load: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Resolution:
+    """As `resolve`, for a run that stands in several stores: a copy in another one comes before an older checkpoint.
+
+    Args:
+        places: The stores, the one to read from first.
+        history: What they tell together.
+        run_id: Identity of the run, if known.
+        load: Also keep what was read.
+        progress: Called with the number of bytes done, for each piece.
+
+    Raises:
+        FormatTooNewError: A later release wrote the newest one. That is no damage, so nothing older is taken in its place.
+        StoreError: A store could not be read, even after retries, and no other one has that checkpoint whole.
+    """
     line = history.lineage
     candidates: list[Candidate] = []
     chosen: Checkpoint | None = None
@@ -97,26 +138,39 @@ def resolve(
         if chosen is not None:
             candidates.append(Candidate(str(identity), "older", f"{chosen.id} is newer and whole"))
             continue
-        try:
-            checkpoint = Checkpoint(store, load_manifest(store, identity, run_id=run_id))
-            if load:
-                loaded = checkpoint.load(progress)
+        trouble: StoreError | None = None
+        for store in [place.store for place in places if identity in place.holds]:
+            try:
+                checkpoint = Checkpoint(store, load_manifest(store, identity, run_id=run_id))
+                if load:
+                    loaded = checkpoint.load(progress)
+                else:
+                    checkpoint.verify(progress)
+            except CheckpointDamagedError as error:
+                candidates.append(Candidate(str(identity), "rejected", str(error), store.uri))
+            except StoreError as error:  # no proof of anything; perhaps another store has it
+                if trouble is None:
+                    trouble = error
+                if len(places) > 1:
+                    logger.warning("checkpoint %s cannot be read from %s: %s", identity, store.uri, error)
             else:
-                checkpoint.verify(progress)
-        except CheckpointDamagedError as error:
-            candidates.append(Candidate(str(identity), "rejected", str(error)))
-            continue
-        chosen = checkpoint
-        candidates.append(Candidate(str(identity), "chosen", "newest of the lineage that is committed and verified"))
+                chosen = checkpoint
+                reason = "newest of the lineage that is committed and verified"
+                reason += f", read from {store.uri}" if len(places) > 1 else ""
+                candidates.append(Candidate(str(identity), "chosen", reason, store.uri))
+                break
+        if chosen is None and trouble is not None:
+            raise trouble
     candidates += _off_lineage(history, set(line))
-    damaged = [*history.damaged.values(), *([] if line else _emptied(store, history))]
+    damaged = [*history.damaged.values(), *([] if line else _emptied(places, history))]
     return Resolution(chosen, tuple(candidates), tuple(damaged), loaded)
 
 
-def _emptied(store: ObjectStore, history: History) -> list[str]:
+def _emptied(places: Sequence[Place], history: History) -> list[str]:
     """Proof that a history without checkpoints once had one: claims that continue it. No sweep of ours deletes the last."""
+    where = " and ".join(place.store.uri for place in places)
     return [
-        f"{store.uri}/{claim_key(claim.attempt)} continues a checkpoint of step {claim.parent_max_step}, "
+        f"{where}/{claim_key(claim.attempt)} continues a checkpoint of step {claim.parent_max_step}, "
         "and the store has none of that history"
         for claim in history.claims.values()
         if claim.parent_max_step

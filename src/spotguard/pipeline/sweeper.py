@@ -1,7 +1,10 @@
 """Retention by reachability: keep what the policy wants, and every object that a kept manifest names; delete the rest.
 
 Order of deletion: manifests first, made durable, then objects that no manifest names any more. A crash in between leaves orphans, never a
-manifest without its shards; the next sweep removes them. Nothing is deleted before the newest checkpoint has been read back and verified.
+manifest without its shards; the next sweep removes them. Nothing is deleted before the newest checkpoint has been verified: by the digests
+that the store itself has computed, else by reading it back.
+
+Claims, manifests and versions of shards never change: a process that sweeps again and again reads them once.
 """
 
 import dataclasses
@@ -12,13 +15,53 @@ from spotguard._time import utc_now
 from spotguard.checkpoint import CheckpointId, Manifest
 from spotguard.checkpoint.layout import CHECKPOINTS, EVENTS, RUN, attempt_of_key, parse_shard_key
 from spotguard.errors import CheckpointDamagedError, FormatTooNewError
-from spotguard.pipeline.checkpoint import Checkpoint, load_manifest
+from spotguard.pipeline.checkpoint import ask_store, fetch_shard, load_manifest
 from spotguard.pipeline.history import History, read_history
-from spotguard.pipeline.objects import retried
+from spotguard.pipeline.objects import retried, together
 from spotguard.policies import RetentionPolicy
 from spotguard.stores import ObjectInfo, ObjectRef, ObjectStore
 
-__all__ = ["SweepPlan", "plan_sweep", "sweep"]
+__all__ = ["Known", "SweepPlan", "plan_sweep", "sweep"]
+
+
+@dataclasses.dataclass
+class Known:
+    """What one process knows of one store of a run, and need not read again.
+
+    Attributes:
+        history: Its last listing.
+        manifests: Those that were read intact, or written.
+        verified: Key and version of shards that were read and were whole; only where there are versions, which nothing can write over.
+    """
+
+    history: History | None = None
+    manifests: dict[CheckpointId, Manifest] = dataclasses.field(default_factory=dict)
+    verified: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+
+    def note_whole(self, manifest: Manifest) -> None:
+        """Every shard of this checkpoint has been read, and was whole."""
+        self.manifests[manifest.id] = manifest
+        self.verified |= {(shard.key, shard.version) for shard in manifest.shards if shard.version is not None}
+
+    def look(self, store: ObjectStore) -> History:
+        """List the store, and read the claims that are new."""
+        self.history = read_history(store, known=self.history)
+        return self.history
+
+    def read_manifests(self, store: ObjectStore, history: History) -> dict[CheckpointId, Manifest]:
+        """Every manifest that is intact and of a format that is known."""
+
+        def read(identity: CheckpointId) -> Manifest | None:
+            try:
+                return load_manifest(store, identity)
+            except (CheckpointDamagedError, FormatTooNewError):
+                return None
+
+        missing = [identity for identity in history.manifests if identity not in self.manifests]
+        found = {manifest.id: manifest for manifest in together(read, missing) if manifest is not None}
+        known = {identity: self.manifests[identity] for identity in history.manifests if identity in self.manifests}
+        self.manifests = known | found
+        return dict(self.manifests)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +72,14 @@ class SweepPlan:
         drop: Checkpoints whose manifest goes.
         objects: Shards that no remaining manifest names.
         kept: Checkpoints that stay.
+        hidden: Versions of shards that a dropped manifest names and a listing does not show: somebody has deleted them, and the store
+            keeps them, and charges for them, all the same.
     """
 
     drop: tuple[CheckpointId, ...]
     objects: tuple[ObjectInfo, ...]
     kept: tuple[CheckpointId, ...]
+    hidden: tuple[ObjectRef, ...] = ()
 
     @property
     def size(self) -> int:
@@ -69,15 +115,21 @@ def plan_sweep(
     drop = tuple(item for item in history.manifests if item not in keep)
     # An interrupted save has no manifest: a file beside the shards of a checkpoint that stays is somebody else's.
     named = {shard.key for item, manifest in manifests.items() if item in keep for shard in manifest.shards}
-    dropped = {shard.key for item in drop for shard in manifests[item].shards}
-    objects = []
-    for info in shards:
-        owner = parse_shard_key(info.key)
-        if owner is None or info.key in named or owner in keep or any(owner <= item for item in unread):
-            continue
-        if info.key in dropped or owner.attempt <= orphans_up_to:
-            objects.append(info)
-    return SweepPlan(drop, tuple(objects), tuple(item for item in history.manifests if item in keep))
+    dropped = {shard.key: shard.version for item in drop for shard in manifests[item].shards}
+
+    def stays(key: str) -> bool:
+        owner = parse_shard_key(key)
+        return owner is None or key in named or owner in keep or any(owner <= item for item in unread)
+
+    objects = [
+        info
+        for info in shards
+        if not stays(info.key) and (info.key in dropped or (attempt_of_key(info.key) or 0) <= orphans_up_to)
+    ]
+    shown = {info.ref for info in objects}
+    gone = [ObjectRef(key, version) for key, version in dropped.items() if version is not None and not stays(key)]
+    hidden = tuple(ref for ref in gone if ref not in shown)
+    return SweepPlan(drop, tuple(objects), tuple(item for item in history.manifests if item in keep), hidden)
 
 
 def sweep(
@@ -86,6 +138,7 @@ def sweep(
     *,
     owner: int | None = None,
     dry_run: bool = False,
+    known: Known | None = None,
 ) -> SweepPlan:
     """Delete what the policy does not want, and what interrupted saves left behind.
 
@@ -95,25 +148,22 @@ def sweep(
         owner: The attempt of the caller, where the caller is the one process that may write to the run. Anybody else leaves the newest
             attempt's unnamed shards alone: they may belong to a save that is under way.
         dry_run: Only say what would go.
+        known: What the caller has read before; added to.
 
     Raises:
         CheckpointDamagedError: The newest checkpoint does not verify. Then nothing has been deleted.
     """
-    history = read_history(store)
+    known = known or Known()
+    history = known.look(store)
     limit = history.newest_attempt - 1 if owner is None else owner
-    manifests: dict[CheckpointId, Manifest] = {}
-    for identity in history.manifests:
-        try:
-            manifests[identity] = load_manifest(store, identity)
-        except (CheckpointDamagedError, FormatTooNewError):
-            continue
+    manifests = known.read_manifests(store, history)
     line = history.lineage
     shards = retried(lambda: list(store.list(CHECKPOINTS)))
     safe = frozenset(line[:1])  # until a newer one is committed, that is the one resumed from
     plan = plan_sweep(history, manifests, shards, policy, orphans_up_to=limit, protect=safe, now=utc_now())
     if plan.drop and line:
         try:
-            Checkpoint(store, load_manifest(store, line[0])).verify()
+            _verify(store, line[0], known)
         except CheckpointDamagedError as error:
             raise CheckpointDamagedError(
                 f"nothing is deleted, for the newest checkpoint is damaged: {error}. "
@@ -121,13 +171,26 @@ def sweep(
             ) from error
     if dry_run:
         return plan
-    if read_history(store).newest_attempt != history.newest_attempt:
+    anything = plan.drop or plan.objects or plan.hidden
+    if anything and known.look(store).newest_attempt != history.newest_attempt:
         # Somebody has started, or rolled back, while the newest was read back: what they continue may be what was to go.
         return SweepPlan((), (), history.manifests)
-    store.delete(ObjectRef(identity.manifest_key) for identity in plan.drop)
-    store.delete(info.ref for info in plan.objects)
+    if plan.drop:
+        store.delete([history.refs.get(identity, ObjectRef(identity.manifest_key)) for identity in plan.drop])
+    if plan.objects or plan.hidden:
+        store.delete([*(info.ref for info in plan.objects), *plan.hidden])
     store.discard_partials(lambda key: _is_stale(key, limit))
     return plan
+
+
+def _verify(store: ObjectStore, identity: CheckpointId, known: Known) -> None:
+    """Make sure that a checkpoint is whole: by the store's own digests where it has any, else by reading it."""
+    manifest = load_manifest(store, identity)
+    proofs = together(lambda shard: ask_store(store, shard), manifest.shards)
+    for shard, proven in zip(manifest.shards, proofs, strict=True):
+        if not proven and (shard.key, shard.version) not in known.verified:
+            fetch_shard(store, shard, keep=False)
+    known.note_whole(manifest)
 
 
 def _is_stale(key: str, limit: int) -> bool:

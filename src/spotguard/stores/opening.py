@@ -1,5 +1,6 @@
 """From a URI to a store."""
 
+import difflib
 import os
 import re
 from pathlib import Path
@@ -15,16 +16,20 @@ __all__ = ["open_store"]
 _LOST_SLASH = re.compile(
     r"[A-Za-z][A-Za-z0-9+.-]*:/"
 )  # "s3:/bucket/run" would be a directory that goes with the machine
+_S3 = {"s3", "s3a"}
+_USUAL = ("file", "memory", "s3", "gs", "az", "abfs", "hf")
 
 
 def open_store(uri: "str | os.PathLike[str]") -> ObjectStore:
     """Open the store that a URI names. Nothing is read or written yet.
 
     Args:
-        uri: A path, ``file:///path`` or ``memory://name``.
+        uri: A path, ``file:///path``, ``memory://name``, ``s3://bucket/run``, ``gs://bucket/run``, ``az://container/run``, or whatever
+            else fsspec knows.
 
     Raises:
         ConfigError: The scheme is not known, or names nothing.
+        MissingExtraError: The package for that scheme is not installed.
 
     Example:
         >>> open_store("memory://demo").uri
@@ -50,6 +55,25 @@ def open_store(uri: "str | os.PathLike[str]") -> ObjectStore:
         return LocalObjectStore(Path(unquote(parts.path)))
     if scheme == "memory":
         return MemoryObjectStore.named(rest.strip("/"))
+    return _open_remote(text, scheme)
+
+
+def _open_remote(uri: str, scheme: str) -> ObjectStore:
+    # Imported here: a run in a directory shall not pay for clients that it does not use.
+    if scheme in _S3:
+        from spotguard.stores.s3 import S3ObjectStore
+
+        return S3ObjectStore(uri)
+    import fsspec
+
+    known = {*fsspec.available_protocols(), *_S3}
+    if scheme in known:
+        from spotguard.stores.fsspec_store import FsspecObjectStore
+
+        return FsspecObjectStore(uri)
+    close = difflib.get_close_matches(scheme.lower(), [*_USUAL, *sorted(known)], n=1, cutoff=0.5)
+    meant = f" Did you mean {close[0]}://?" if close else ""
+    usual = ", ".join(f"{name}://" for name in _USUAL)
     raise ConfigError(
-        f"uri={text!r}: scheme {scheme!r} is not known to this release; use a directory path, file:///path or memory://name"
+        f"uri={uri!r}: scheme {scheme!r} is not known.{meant} Use a directory path, one of {usual}, or a scheme that fsspec knows"
     )

@@ -3,13 +3,12 @@
 import datetime as dt
 import functools
 import inspect
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from spotguard.errors import ConfigError
 from spotguard.events import EventHook
-from spotguard.guard.options import read_options, refuse_several_ranks
+from spotguard.guard.options import RunPlaces, read_options, refuse_several_ranks
 from spotguard.guard.session import Loaded, Session
 from spotguard.notices import NoticeSource
 from spotguard.pipeline.checkpoint import Checkpoint
@@ -31,7 +30,7 @@ class SpotGuardTrainerCallback(TrainerCallback):  # type: ignore[misc]
     """Makes ``Trainer.train`` survive whatever kills the process, and go on bit for bit.
 
     Args:
-        uri: Where the run is kept: a path, ``file:///path`` or ``memory://name``. The same one at every start.
+        uri: Where the run is kept: a path, a URI or a store, or a list of these, fastest first: tiers. The same at every start.
         every: When to save: ``"10m"``, ``500`` optimizer steps, ``"1 epoch"``, ``"auto"``, or a policy such as
             ``EverySteps(500) | EverySeconds(600)``. Default: ``SPOTGUARD_EVERY``, else ``"10m"``.
         keep: What to keep: a number of newest checkpoints, or a policy. One that goes by a metric, such as
@@ -54,7 +53,7 @@ class SpotGuardTrainerCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        uri: "str | os.PathLike[str] | Sequence[str | os.PathLike[str]]",
+        uri: RunPlaces,
         *,
         every: SavePolicy | int | str | dt.timedelta | None = None,
         keep: RetentionPolicy | int | None = None,
@@ -89,8 +88,8 @@ class SpotGuardTrainerCallback(TrainerCallback):  # type: ignore[misc]
                 session.open()
                 self._loaded = session.load()
                 if self._loaded is not None:
-                    check_payload(self._loaded, session.store.uri)
-                    self._last = Checkpoint(session.store, self._loaded.manifest)
+                    check_payload(self._loaded, session.uri)
+                    self._last = self._loaded.checkpoint
             except BaseException:
                 session.close()
                 raise
@@ -163,7 +162,7 @@ class SpotGuardTrainerCallback(TrainerCallback):  # type: ignore[misc]
             assert session is not None, "resume_path() opened it"
             if path is not None and asked != path:
                 raise ConfigError(
-                    f"the run at {session.store.uri} has checkpoint {str(path).removeprefix(_SCHEME)}, and this training would not begin "
+                    f"the run at {session.uri} has checkpoint {str(path).removeprefix(_SCHEME)}, and this training would not begin "
                     "there. Pass it on: trainer.train(resume_from_checkpoint=guard.resume_path()). To begin anew, use another URI"
                 )
             if path is None and str(asked).startswith(_SCHEME):

@@ -1,6 +1,7 @@
 """Objects in a bucket."""
 
 import contextlib
+import email.utils
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -26,6 +27,8 @@ from spotguard.stores.s3.writer import S3Writer, digest_in
 __all__ = ["S3ObjectStore"]
 
 _BATCH = 1000  # keys in one request to delete: https://docs.aws.amazon.com/AmazonS3/latest/API/API_DeleteObjects.html
+
+_PROBE_AGE_S = 600.0  # after which the start that wrote a probe is dead: a preflight takes a second
 
 
 class S3ObjectStore:
@@ -54,6 +57,7 @@ class S3ObjectStore:
         self._able: Capabilities | None = None
         self._versions: bool | None = None
         self._exclusive_multipart: bool | None = None
+        self._probes_discarded = False
         self._seen = False  # that the bucket is there
 
     @property
@@ -138,32 +142,45 @@ class S3ObjectStore:
             self._delete(wanted[start : start + _BATCH])
 
     def discard_partials(self, is_stale: Callable[[str], bool]) -> Sequence[str]:
-        """See `ObjectStore.discard_partials`: uploads that were never completed, and probes of a start that died."""
+        """See `ObjectStore.discard_partials`: uploads that were never completed, and probes of starts that died."""
         gone = []
-        params: dict[str, Any] = {}
         with contextlib.suppress(AccessDeniedError, NotOfferedError):
-            while True:
-                page = self.connection.call(
-                    "list_multipart_uploads",
-                    Prefix=self.address.prefix,
-                    **params,
-                    **self.connection.options.request_params,
-                )
-                for upload in page.get("Uploads", []):
-                    key = upload["Key"].removeprefix(self.address.prefix)
-                    if is_stale(key) or key.startswith(PROBE):
-                        with contextlib.suppress(ObjectNotFoundError):
-                            self.connection.call(
-                                "abort_multipart_upload",
-                                key,
-                                UploadId=upload["UploadId"],
-                                **self.connection.options.request_params,
-                            )
-                        gone.append(key)
-                if not page.get("IsTruncated"):
-                    break
-                params = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+            for key, upload in [*self._uploads()]:
+                if is_stale(key):
+                    with contextlib.suppress(ObjectNotFoundError):
+                        self.connection.call(
+                            "abort_multipart_upload", key, UploadId=upload, **self.connection.options.request_params
+                        )
+                    gone.append(key)
+        if not self._probes_discarded:
+            self._probes_discarded = True
+            with contextlib.suppress(AccessDeniedError, NotOfferedError):
+                self.delete(list(self._old_probes()))
         return gone
+
+    def _uploads(self) -> Iterator[tuple[str, str]]:
+        params: dict[str, Any] = {}
+        while True:
+            page = self.connection.call(
+                "list_multipart_uploads",
+                Prefix=self.address.prefix,
+                **params,
+                **self.connection.options.request_params,
+            )
+            for upload in page.get("Uploads", []):
+                yield upload["Key"].removeprefix(self.address.prefix), upload["UploadId"]
+            if not page.get("IsTruncated"):
+                return
+            params = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def _old_probes(self) -> Iterator[ObjectRef]:
+        """Probes, each version, that nobody can be at any more. By the server's clock on both sides."""
+        page = self.connection.call("list_object_versions", Prefix=self.address.prefix + PROBE)
+        now = email.utils.parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
+        for item in [*page.get("Versions", []), *page.get("DeleteMarkers", [])]:
+            if (now - item["LastModified"]).total_seconds() >= _PROBE_AGE_S:
+                version = item["VersionId"] if self._has_versions() else None
+                yield ObjectRef(item["Key"].removeprefix(self.address.prefix), version)
 
     def deleted(self, prefix: str) -> Iterator[ObjectInfo]:
         """See `VersionedStore.deleted`."""
