@@ -358,9 +358,7 @@ def test_several_ranks(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
 
 
 def test_the_error_ends_a_script_with_its_advice_and_status_1(tmp_path: Path) -> None:
-    code = (
-        "import torch; from spotguard import SpotGuard as G, TrainState as T; G('gopher://x', T(m=torch.nn.Linear(1, 1)))"
-    )
+    code = "import torch; from spotguard import SpotGuard as G, TrainState as T; G('gopher://x', T(m=torch.nn.Linear(1, 1)))"
     run_ = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert run_.returncode == 1
     assert "ConfigError: uri='gopher://x': scheme 'ftp' is not known" in run_.stderr

@@ -65,4 +65,6 @@ def lifecycle_command(
         )
     for name in danger:
         where = f"s3://{store.address.bucket}/{prefix}"
-        fail(f"warning: the bucket's rule {name!r} deletes objects of this run that are in use; exclude {where} from it")
+        fail(
+            f"warning: the bucket's rule {name!r} deletes objects of this run that are in use; exclude {where} from it"
+        )

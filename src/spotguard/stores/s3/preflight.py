@@ -135,10 +135,23 @@ class _Probe:
 
     def put(self, **params: Any) -> bool:
         """Write the probe; False where we may not."""
-        answer = self.attempt("put_object", self._key, Body=_BODY, **params, **self._connection.options.put_params)
+        answer = self.attempt(
+            "put_object",
+            self._key,
+            recover=self._after_a_lost_answer,
+            Body=_BODY,
+            **params,
+            **self._connection.options.put_params,
+        )
         if answer is not None:
             self._written.append(answer)
         return answer is not None
+
+    def _after_a_lost_answer(self) -> Answer | None:
+        """The key is ours alone: the first of our requests has got through, unless one before it has."""
+        if self._written:
+            return None
+        return self._connection.call("head_object", self._key, **self._connection.options.get_params)
 
     def finds_exclusive(self) -> bool:
         """The first exclusive create works, and the second does not."""
