@@ -28,11 +28,10 @@ def nothing_has_been_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "_said", set())
 
 
-def store_of(server: S3Server, name: str, **options: object) -> S3ObjectStore:
+def store_of(server: S3Server, name: str, **options: Any) -> S3ObjectStore:
     session = boto3.Session(server.access_key, server.secret_key, region_name=server.region)
-    return S3ObjectStore(
-        f"s3://{server.versioned}/{name}", S3Options(endpoint_url=server.endpoint, **options), session=session
-    )  # type: ignore[arg-type]
+    chosen = S3Options(endpoint_url=server.endpoint, **options)
+    return S3ObjectStore(f"s3://{server.versioned}/{name}", chosen, session=session)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from spotguard.pipeline.resolver import Resolution, resolve
 from spotguard.pipeline.writer import Writer
 from spotguard.policies import KeepNewest
 from spotguard.state.snapshot import HostBuffers, ShardImage, Snapshot
-from spotguard.stores import LocalObjectStore
+from spotguard.stores import LocalObjectStore, ObjectStore
 from spotguard.stores.posix import Posix
 from spotguard.testing.faults import Unsynced
 
@@ -67,7 +67,7 @@ def ignore(_: Event) -> None:
     """An event hook."""
 
 
-def save(store: LocalObjectStore, *steps: int, keep: int = KEEP, expect: bool = True) -> Writer:
+def save(store: ObjectStore, *steps: int, keep: int = KEEP, expect: bool = True) -> Writer:
     """Start as the guard does, claim and resume, then commit these steps and sweep behind each."""
     run = open_run(store)
     claim = claim_attempt(store)
@@ -78,7 +78,7 @@ def save(store: LocalObjectStore, *steps: int, keep: int = KEEP, expect: bool = 
 
 
 def write(
-    store: LocalObjectStore,
+    store: ObjectStore,
     run_id: str,
     attempt: int,
     resumed: Manifest | None,

@@ -89,8 +89,8 @@ def test_the_lifecycle_rule_is_printed_then_set_beside_those_that_are_there(run:
     client.delete_bucket_lifecycle(Bucket=seaweedfs.versioned)
     client.close()
     assert sorted(item["ID"] for item in rules) == sorted([prefix, f"spotguard {prefix}"])
-    days = {item["ID"]: item.get("NoncurrentVersionExpiration") for item in rules}
-    assert days[f"spotguard {prefix}"] == {"NoncurrentDays": 30}
+    expirations = {item["ID"]: item.get("NoncurrentVersionExpiration") for item in rules}
+    assert expirations[f"spotguard {prefix}"] == {"NoncurrentDays": 30}
 
 
 def test_what_only_s3_has_is_refused_elsewhere(tmp_path: object) -> None:
