@@ -218,17 +218,15 @@ def goals(rows: Sequence[Row]) -> Iterator[str]:
     """Whether ours is where it should be."""
     for up, goal in ((True, UPLOAD_GOAL), (False, DOWNLOAD_GOAL)):
         measured = [row for row in rows if row.up == up and row.seconds and not row.note]
-        ours = next((row for row in measured if row.kind == "ours"), None)
         peers = [row for row in measured if row.kind == "peer"]
-        if ours is None:
-            continue
-        median, best = ratios(ours, rows)
-        what = "upload" if up else "download"
-        yield f"{what}: {median:.2f} of the limit, {best:.2f} at best; the goal is {goal}: {met(median <= goal)}"
-        if peers:
-            ahead = min(peers, key=lambda row: ratios(row, rows))
-            slower = ratios(ahead, rows)[0] / median
-            yield f"{what}: the fastest other, {ahead.name}, takes {slower:.2f} times as long as ours: {met(slower > 1)}"
+        ahead = min(peers, key=lambda row: ratios(row, rows), default=None)
+        if ahead is not None:
+            yield f"{'upload' if up else 'download'}: the fastest other is {ahead.name}, at {ratios(ahead, rows)[0]:.2f}"
+        for row in measured:
+            if row.kind == "ours":
+                median, best = ratios(row, rows)
+                line = f"  {row.name}: {median:.2f}, at best {best:.2f}; the goal of {goal} is {met(median <= goal)}"
+                yield line if ahead is None else f"{line}; ahead of every other: {met(median < ratios(ahead, rows)[0])}"
 
 
 def met(good: bool) -> str:  # noqa: FBT001
