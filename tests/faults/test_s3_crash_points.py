@@ -210,7 +210,7 @@ def test_death_at_any_request_leaves_nothing_behind_where_versions_are_kept(
         number += 5
         save(at(store.uri), step)  # as a new start, which clears away what the dead one has left
         check_tidy(store)
-    assert deaths > 8
+    assert deaths >= 6
     record_property("crash points", deaths)
 
 

@@ -74,7 +74,7 @@ def stop_in_batch(uri: Path, number: int, members: TrainState, data: Any) -> Non
 @pytest.mark.parametrize(
     ("uri", "advice"),
     [
-        ("gopher://host/run", "scheme 'ftp'.*use a directory path"),
+        ("gopher://host/run", "scheme 'gopher'.*Use a directory path"),
         ("s4://bucket/run", "scheme 's4'"),
         ("://run", "scheme ''"),
         ("s3:/bucket/run", "two slashes.*'./s3:/bucket/run'"),
@@ -361,7 +361,7 @@ def test_the_error_ends_a_script_with_its_advice_and_status_1(tmp_path: Path) ->
     code = "import torch; from spotguard import SpotGuard as G, TrainState as T; G('gopher://x', T(m=torch.nn.Linear(1, 1)))"
     run_ = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert run_.returncode == 1
-    assert "ConfigError: uri='gopher://x': scheme 'ftp' is not known" in run_.stderr
+    assert "ConfigError: uri='gopher://x': scheme 'gopher' is not known" in run_.stderr
 
 
 def test_members_without_a_name() -> None:
