@@ -362,10 +362,19 @@ def obstore_of(setting: Setting, *, signed: bool) -> Any:
     )
 
 
-def obstore_up(*, signed: bool, **how: Any) -> Callable[[Setting], Transfer]:
+def obstore_up(*, signed: bool, digest: bool = False, **how: Any) -> Callable[[Setting], Transfer]:
+    """It sends no checksum, whatever the options: with `digest`, one is computed before, for whoever reads it to compare."""
+
     def make(setting: Setting) -> Transfer:
         store, put = obstore_of(setting, signed=signed), importlib.import_module("obstore").put
-        return lambda size: put(store, "obstore", setting.memory[:size], use_multipart=True, **how)
+        crc64nvme = importlib.import_module("awscrt.checksums").crc64nvme if digest else None
+
+        def upload(size: int) -> None:
+            if crc64nvme is not None:
+                crc64nvme(setting.memory[:size])
+            put(store, "obstore", setting.memory[:size], use_multipart=True, **how)
+
+        return upload
 
     return make
 
@@ -456,10 +465,16 @@ UPLOADS = [
         obstore_up(signed=True, chunk_size=PART, max_concurrency=4),
     ),
     Case(
-        "obstore put, 4 x 32 MiB, unsigned",
+        "obstore put, 4 x 32 MiB, unsigned: no checksum",
         "peer",
         ("obstore",),
         obstore_up(signed=False, chunk_size=PART, max_concurrency=4),
+    ),
+    Case(
+        "obstore put, 4 x 32 MiB, unsigned, and a digest",
+        "peer",
+        ("obstore", "awscrt"),
+        obstore_up(signed=False, digest=True, chunk_size=PART, max_concurrency=4),
     ),
     Case("s3fs put_file", "peer", ("s3fs",), s3fs_put),
 ]

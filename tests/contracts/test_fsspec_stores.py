@@ -185,8 +185,7 @@ class Proxy:
                 if self.lose is not None and self.lose in data:
                     self.lose, self.lost = None, id(client)
                 server.sendall(data)
-            server.shutdown(socket.SHUT_RDWR)
-            client.shutdown(socket.SHUT_RDWR)
+        _shut(server, client)
 
     def _down(self, client: socket.socket, server: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -195,16 +194,21 @@ class Proxy:
                     break
                 # The address of an upload session leads around us, unless we say otherwise.
                 client.sendall(data.replace(f":{self.target.port}/".encode(), f":{self.address}/".encode()))
-            client.shutdown(socket.SHUT_RDWR)
+        _shut(client)
 
     def close(self) -> None:
-        for one in (self.listener, *self.open):
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
+        _shut(self.listener, *self.open)
         for thread in self.threads:
             thread.join(10)
         for one in (self.listener, *self.open):
             one.close()
+
+
+def _shut(*ends: socket.socket) -> None:
+    """Each of them, whatever has become of the others: an end that stays open is a peer that waits for ever."""
+    for one in ends:
+        with contextlib.suppress(OSError):
+            one.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture
@@ -289,10 +293,29 @@ def test_a_connection_that_is_cut_at_each_try_is_a_transient_error(
     assert_absent(plain, "object")
 
 
+@pytest.mark.parametrize("size", [7, len(LARGE)], ids=["one request", "blocks"])
+def test_an_upload_that_stalls_is_given_up_without_a_deadline(
+    behind: Callable[[str], FsspecObjectStore],
+    gcs: GcsServer,
+    azurite: AzureServer,
+    proxied: Callable[..., Proxy],
+    size: int,
+) -> None:
+    endpoint = gcs.endpoint if behind("http://unused").uri.startswith("gs") else azurite.endpoint
+    proxy = proxied(endpoint)
+    store = behind(proxy.uri)
+    put(store, "other", b"x", exclusive=True)  # the probe is behind us
+    store._driver.stall_s = 0.5  # type: ignore[attr-defined]
+    proxy.limit = size / 2
+    with pytest.raises(TransientStoreError, match=r"nothing of the upload has moved for 0\.5 s"):
+        put(store, "object", LARGE[:size])
+
+
 def quick(store: FsspecObjectStore) -> None:
-    """Azure's client waits 15 s before a retry."""
+    """Azure's client waits 15 s before a retry, and aiohttp at times for ever on a connection that was cut."""
     policy = store._driver.fs.service_client._config.retry_policy  # type: ignore[attr-defined]
     policy.initial_backoff = policy.increment_base = policy.random_jitter_range = 0
+    store._driver.stall_s = 2.0  # type: ignore[attr-defined]
 
 
 def test_a_server_that_is_not_there_is_a_transient_error(azurite: AzureServer) -> None:

@@ -29,7 +29,7 @@ class AzureDriver(RemoteDriver):
 
     async def _put_whole(self, path: str, block: Block, exclusive: bool, token: str) -> None:
         async with self._blob(path) as blob:
-            await blob.upload_blob(block.data, overwrite=not exclusive, metadata=_metadata(token))
+            await self._moving(blob.upload_blob(block.data, overwrite=not exclusive, metadata=_metadata(token)))
         block.sent()
 
     async def _put_blocks(self, path: str, body: Body, exclusive: bool, token: str) -> None:
@@ -46,7 +46,8 @@ class AzureDriver(RemoteDriver):
                 for block in blocks:  # all lanes take from one iterator, on one thread: the names are in order
                     # Uncommitted blocks of one blob need names of one length; ours and those of adlfs have 32 digits.
                     names.append(base64.b64encode(uuid.uuid4().hex.encode()).decode())
-                    await blob.stage_block(names[-1], ViewFile(block.data), length=block.size)
+                    body = ViewFile(block.data)
+                    await self._moving(blob.stage_block(names[-1], body, length=block.size), body)
                     block.sent()
 
             lanes = [asyncio.ensure_future(lane()) for _ in range(self._LANES)]

@@ -27,9 +27,10 @@ class GoogleDriver(RemoteDriver):
     async def _put_whole(self, path: str, block: Block, exclusive: bool, token: str) -> None:
         url, about, condition = self._new(path, exclusive, token)
         head = f"--{token}\nContent-Type: application/json; charset=UTF-8\n\n{json.dumps(about)}\n--{token}\nContent-Type: {_BYTES}\n\n"
-        body = b"".join((head.encode(), block.data, f"\n--{token}--".encode()))
+        body = ViewFile(b"".join((head.encode(), block.data, f"\n--{token}--".encode())))
         headers = {"Content-Type": f'multipart/related; boundary="{token}"', "Content-Length": str(len(body))}
-        await self.fs._call("POST", url, uploadType="multipart", headers=headers, data=ViewFile(body), **condition)
+        request = self.fs._call("POST", url, uploadType="multipart", headers=headers, data=body, **condition)
+        await self._moving(request, body)
         block.sent()
 
     async def _put_blocks(self, path: str, body: Body, exclusive: bool, token: str) -> None:
@@ -68,7 +69,9 @@ class GoogleDriver(RemoteDriver):
                 "Content-Type": _BYTES,
             }
             try:
-                status, answer, _, _ = await self.fs._request("POST", session, headers=headers, data=ViewFile(view))
+                body = ViewFile(view)
+                request = self.fs._request("POST", session, headers=headers, data=body)
+                status, answer, _, _ = await self._moving(request, body)
             except FileNotFoundError as error:  # not of the bucket, that was there a moment ago
                 raise ConnectionError("the upload session is gone") from error
             if status != _MORE:

@@ -36,6 +36,7 @@ class RemoteDriver:
     probe = True
     parallel = 4
     one_request = 8 << 20
+    stall_s = 60.0  # an upload of which nothing moves for so long is given up; a server may take that long over the last byte
 
     def __init__(self, fs: Any) -> None:
         self.fs = fs
@@ -90,6 +91,19 @@ class RemoteDriver:
             concurrent.futures.wait([future], timeout=1)
             raise
 
+    async def _moving(self, request: Coroutine[Any, Any, _T], body: "ViewFile | None" = None) -> _T:
+        """Wait for a request as long as its body moves. aiohttp can wait for ever to send on a connection that is already cut."""
+        task, seen = asyncio.ensure_future(request), -1
+        try:
+            while not (await asyncio.wait({task}, timeout=self.stall_s))[0]:
+                position = 0 if body is None else body.tell()
+                if position == seen or body is None:
+                    raise TimeoutError(f"nothing of the upload has moved for {self.stall_s:g} s")
+                seen = position
+            return task.result()
+        finally:
+            task.cancel()
+
     async def _put_whole(self, path: str, block: Block, exclusive: bool, token: str) -> None:
         raise NotImplementedError
 
@@ -122,6 +136,9 @@ class ViewFile(io.RawIOBase):
 
     def __init__(self, data: "Buffer") -> None:
         self._view, self._position = memoryview(data).cast("B"), 0
+
+    def __len__(self) -> int:
+        return len(self._view)
 
     def readinto(self, buffer: Any) -> int:
         piece = self._view[self._position : self._position + len(buffer)]
