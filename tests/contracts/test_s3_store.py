@@ -254,7 +254,7 @@ def test_progress_adds_up_to_every_byte(store: S3ObjectStore) -> None:
         writer.write(bytearray(12 * MIB), told.append)
         writer.write(b"tail", told.append)
     assert sum(told) == 12 * MIB + 4
-    assert len(told) > 10
+    assert len(told) > 5  # pieces that grow while the network is fast
     told.clear()
     with store.open("object") as reader:
         assert reader.read_into(bytearray(12 * MIB + 4), 0, told.append) == 12 * MIB + 4

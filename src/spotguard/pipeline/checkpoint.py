@@ -1,8 +1,10 @@
 """A committed checkpoint, to be verified and read."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
+import mmap
 from typing import Any
 
 from spotguard.checkpoint import CheckpointId, Digest, Manifest, ShardRecord
@@ -15,6 +17,7 @@ __all__ = ["Checkpoint", "Progress", "ask_store", "fetch_shard", "load_manifest"
 logger = logging.getLogger(__name__)
 
 _WINDOW = 128 << 20  # of a shard that is read to be verified, and not kept
+_MAPPED = 4 << 20  # from here on memory comes in pages of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +130,7 @@ def _read_shard(store: ObjectStore, shard: ShardRecord, tally: Tally, *, keep: b
         if reader.size != shard.size:
             raise CheckpointDamagedError(f"{where} has {reader.size} bytes, the manifest says {shard.size}")
         window = shard.size if keep else _WINDOW
-        buffer = memoryview(bytearray(min(window, shard.size)))
+        buffer = _new_memory(min(window, shard.size))
         digest = Digest()
         for offset in range(0, shard.size, window or 1):
             piece = buffer[: min(window, shard.size - offset)]
@@ -135,6 +138,16 @@ def _read_shard(store: ObjectStore, shard: ShardRecord, tally: Tally, *, keep: b
                 return buffer[:0], f"it ends before byte {offset + count + 1} while it is read"
             digest.update(piece)
     return buffer if keep and str(digest) == shard.digest else buffer[:0], f"digest {digest}"
+
+
+def _new_memory(size: int) -> memoryview:
+    """Memory that the system hands out as it is written to, by all connections at once; a bytearray is filled with zeros before."""
+    if size < _MAPPED or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return memoryview(bytearray(size))
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)
 
 
 def ask_store(store: ObjectStore, shard: ShardRecord) -> bool:

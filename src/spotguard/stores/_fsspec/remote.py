@@ -36,7 +36,9 @@ class RemoteDriver:
     probe = True
     parallel = 4
     one_request = 8 << 20
-    stall_s = 60.0  # an upload of which nothing moves for so long is given up; a server may take that long over the last byte
+    stall_s = (
+        60.0  # an upload of which nothing moves for so long is given up; a server may take that long over the last byte
+    )
 
     def __init__(self, fs: Any) -> None:
         self.fs = fs
