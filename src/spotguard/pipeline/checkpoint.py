@@ -1,6 +1,5 @@
 """A committed checkpoint, to be verified and read."""
 
-import contextlib
 import dataclasses
 import functools
 import logging
@@ -142,12 +141,9 @@ def _read_shard(store: ObjectStore, shard: ShardRecord, tally: Tally, *, keep: b
 
 def _new_memory(size: int) -> memoryview:
     """Memory that the system hands out as it is written to, by all connections at once; a bytearray is filled with zeros before."""
-    if size < _MAPPED or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if size < _MAPPED or not hasattr(mmap, "MAP_PRIVATE"):
         return memoryview(bytearray(size))
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(memory)
+    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def ask_store(store: ObjectStore, shard: ShardRecord) -> bool:
