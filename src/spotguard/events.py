@@ -23,9 +23,12 @@ __all__ = [
     "Event",
     "EventBus",
     "EventHook",
+    "FinalSavePlanned",
     "FreshStart",
+    "GraceTooShort",
     "InexactResume",
     "NoticeReceived",
+    "NoticeWithdrawn",
     "Resumed",
     "RunFinished",
     "SaveFailed",
@@ -175,11 +178,40 @@ class Swept(Event):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoticeReceived(Event):
-    """A preemption notice, or a request to stop."""
+    """A preemption notice, or a request to stop. `left_s` is the time up to its deadline, where it has one."""
 
     source: str
     kind: str
     detail: str
+    action: str = "stop"
+    left_s: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoticeWithdrawn(Event):
+    """A notice does not stand any more; training goes on."""
+
+    source: str
+    detail: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinalSavePlanned(Event):
+    """What the last save is to be: ``"fresh"``, ``"flush"``, ``"fast tier"`` or ``"none"``, with `left_s` seconds for it."""
+
+    step: int
+    choice: str
+    reason: str
+    left_s: float | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GraceTooShort(Event):
+    """A save takes longer than `who` leaves for it."""
+
+    needed_s: float
+    grace_s: float
+    who: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ import importlib
 import re
 import sys
 import weakref
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +29,8 @@ from torch._dynamo import OptimizedModule
 
 from spotguard.errors import ConfigError, MissingExtraError
 from spotguard.events import EventHook
-from spotguard.guard.options import RunPlaces
+from spotguard.guard.options import Notices, RunPlaces
 from spotguard.guard.spot_guard import SpotGuard as Guard
-from spotguard.notices import NoticeSource
 from spotguard.policies import RetentionPolicy, SavePolicy
 from spotguard.state.loaders import describe_loader
 from spotguard.state.train_state import TrainState
@@ -103,7 +102,8 @@ class SpotGuard(Guard):
         state: What is saved. Members may be what `Fabric.setup` returned, or what it was given.
         every: When to save.
         keep: What to keep.
-        notices: Further sources of notices.
+        notices: ``"auto"``, ``"none"``, or a list of sources; as for `SpotGuard`.
+        grace: How long the platform leaves us after a signal; as for `SpotGuard`.
         exit_code: Exit status after a stop.
         on_event: Called with every event.
 
@@ -136,7 +136,8 @@ class SpotGuard(Guard):
         *,
         every: SavePolicy | int | str | dt.timedelta | None = None,
         keep: RetentionPolicy | int | None = None,
-        notices: Sequence[NoticeSource] = (),
+        notices: Notices | None = None,
+        grace: str | float | dt.timedelta | None = None,
         exit_code: int | None = None,
         on_event: EventHook | None = None,
     ) -> None:
@@ -144,7 +145,14 @@ class SpotGuard(Guard):
         given: Any = state  # refused below, where it is no TrainState
         self._fabric_state = _FabricState(fabric, self._parts, state) if isinstance(given, TrainState) else given
         super().__init__(
-            uri, self._fabric_state, every=every, keep=keep, notices=notices, exit_code=exit_code, on_event=on_event
+            uri,
+            self._fabric_state,
+            every=every,
+            keep=keep,
+            notices=notices,
+            grace=grace,
+            exit_code=exit_code,
+            on_event=on_event,
         )
 
     def _batches(

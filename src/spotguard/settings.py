@@ -4,7 +4,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -23,6 +23,8 @@ class Settings(BaseSettings):
         every: When to save: ``"10m"``, or a number of steps such as ``"500"``.
         keep: How many of the newest checkpoints retention keeps.
         exit_code: Exit status of `Preempted`; 0 would tell a scheduler that the work is done.
+        notices: ``"auto"`` to ask the metadata service of the cloud we are on, ``"none"`` not to.
+        grace: How long the platform leaves us after a signal or a notice that does not say it, such as ``"30s"``.
         max_failures: Failed saves in a row after which training stops with an error.
         poll_s: Seconds between looks at the ``stop`` object of the run.
         repeat_s: Seconds in which a repeated signal counts as the same one (launchers often deliver it twice).
@@ -38,6 +40,8 @@ class Settings(BaseSettings):
     every: str = "10m"
     keep: int = Field(default=3, ge=1)
     exit_code: int = Field(default=143, ge=1, le=255)
+    notices: Literal["auto", "none"] = "auto"
+    grace: str | None = None
     max_failures: int = Field(default=3, ge=1)
     poll_s: float = Field(default=1.0, gt=0, le=86400)
     repeat_s: float = Field(default=1.0, ge=0)

@@ -2,6 +2,6 @@
 
 from spotguard.checkpoint.digest import Digest, digest_of
 from spotguard.checkpoint.layout import CheckpointId
-from spotguard.checkpoint.records import Claim, Manifest, RunRecord, ShardRecord
+from spotguard.checkpoint.records import Claim, ExitRecord, Manifest, RunRecord, ShardRecord
 
-__all__ = ["CheckpointId", "Claim", "Digest", "Manifest", "RunRecord", "ShardRecord", "digest_of"]
+__all__ = ["CheckpointId", "Claim", "Digest", "ExitRecord", "Manifest", "RunRecord", "ShardRecord", "digest_of"]

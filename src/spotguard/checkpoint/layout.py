@@ -8,6 +8,7 @@
     checkpoints/0004-0000001200/rank-00000.pt   what differs by rank
     manifests/0004-0000001200.json              the commit
     events/0004-rank-00000.jsonl                what happened
+    exit.json                                   how the last attempt ended that could say so
     stop                                        a request to stop, removed by the guard that honours it
 """
 
@@ -20,6 +21,7 @@ __all__ = [
     "ATTEMPTS",
     "CHECKPOINTS",
     "EVENTS",
+    "EXIT",
     "MANIFESTS",
     "RUN",
     "STOP",
@@ -36,6 +38,7 @@ __all__ = [
 
 RUN = "run.json"
 STOP = "stop"
+EXIT = "exit.json"
 ATTEMPTS, CHECKPOINTS, MANIFESTS, EVENTS = "attempts/", "checkpoints/", "manifests/", "events/"
 
 _ID = r"((\d{4,})-(\d{10,})(?:\.(\d+))?)"

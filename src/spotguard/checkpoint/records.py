@@ -1,4 +1,4 @@
-"""The three records that spotguard writes as JSON: the run, the claim of an attempt, and the manifest of a checkpoint.
+"""What spotguard writes as JSON: the run, the claim of an attempt, the manifest of a checkpoint, and how an attempt ended.
 
 Each is canonical JSON (UTF-8, keys sorted, no white space) that carries a digest of itself, so that one flipped bit anywhere in the
 file is found: the bytes must be exactly what encoding the parsed record would give, and the digest must agree.
@@ -8,7 +8,7 @@ import datetime as dt
 import hashlib
 import json
 import math
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
@@ -18,7 +18,7 @@ from spotguard.errors import CheckpointDamagedError, FormatTooNewError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["FORMAT", "Claim", "Manifest", "Record", "RunRecord", "ShardRecord"]
+__all__ = ["FORMAT", "Claim", "ExitRecord", "Manifest", "Record", "RunRecord", "ShardRecord"]
 
 FORMAT = 1
 """Version of the layout and of the records. A higher one in a store is refused, never guessed at."""
@@ -101,6 +101,33 @@ class Claim(Record):
     host: str = ""
     pid: int = 0
     created_at: dt.datetime
+
+
+class ExitRecord(Record):
+    """How an attempt ended: for whoever starts the next one, where the exit status does not tell. torchrun ends with 1 after any signal.
+
+    The only record that is written anew, by each attempt; one of an older attempt says nothing of a later one.
+
+    Attributes:
+        attempt: Which one.
+        state: ``"preempted"``: there is work left, start it again. ``"finished"``: there is none. ``"failed"``: an exception ended it.
+        step: Step boundaries passed.
+        checkpoint: What the next start resumes from; None when there is nothing.
+        notice: What stopped it.
+        detail: Why the last checkpoint is not newer, or what failed.
+        exit_code: Exit status that the process ends with, where that is ours to choose.
+    """
+
+    what: ClassVar[str] = "exit record"
+    attempt: int
+    state: Literal["preempted", "finished", "failed"]
+    step: int
+    checkpoint: str | None = None
+    notice: str | None = None
+    detail: str = ""
+    exit_code: int | None = None
+    host: str = ""
+    at: dt.datetime
 
 
 class ShardRecord(BaseModel):

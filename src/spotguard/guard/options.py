@@ -5,15 +5,17 @@ import datetime as dt
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
+from spotguard._time import parse_seconds
 from spotguard.errors import ConfigError
 from spotguard.notices import NoticeSource
+from spotguard.notices.platforms import Platform, auto_sources, detect_platform
 from spotguard.policies import RetentionPolicy, SavePolicy, as_retention_policy, as_save_policy
 from spotguard.settings import Settings, load_settings
 from spotguard.stores import LocalObjectStore, ObjectStore, open_store
 
-__all__ = ["Options", "RunPlace", "RunPlaces", "read_options", "refuse_several_ranks"]
+__all__ = ["Notices", "Options", "RunPlace", "RunPlaces", "read_options", "refuse_several_ranks"]
 
 
 @runtime_checkable
@@ -33,6 +35,10 @@ RunPlaces = RunPlace | Sequence[RunPlace]
 """One place, or several: tiers, fastest first."""
 
 
+Notices = Sequence["NoticeSource | Literal['auto']"] | Literal["auto", "none"]
+"""Where notices come from: ``"auto"`` for what fits the cloud we are on, ``"none"``, or a list of sources, ``"auto"`` among them."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What a guard was asked to do."""
@@ -43,6 +49,8 @@ class Options:
     sources: tuple[NoticeSource, ...]
     exit_code: int
     settings: Settings
+    platform: Platform
+    grace_s: float | None
 
 
 def read_options(
@@ -50,8 +58,9 @@ def read_options(
     *,
     every: SavePolicy | int | str | dt.timedelta | None,
     keep: RetentionPolicy | int | None,
-    notices: Sequence[NoticeSource],
+    notices: Notices | None,
     exit_code: int | None,
+    grace: str | float | dt.timedelta | None = None,
 ) -> Options:
     """Check every argument.
 
@@ -60,22 +69,36 @@ def read_options(
     """
     settings = load_settings()
     stores = _open_stores(uri)
-    code = settings.choose("exit_code", exit_code)
+    platform = detect_platform()
+    given = "exit_code" in settings.model_fields_set or exit_code is not None
+    code = settings.choose("exit_code", exit_code) if given else platform.exit_code
     if type(code) is not int or not 1 <= code <= 255:
         raise ConfigError(f"exit_code={code!r}: must be 1 to 255; 0 would tell the scheduler that the work is done")
-    if not isinstance(notices, Sequence):
-        raise ConfigError(f"notices={notices!r}: give a list of notice sources")
-    for source in notices:
+    sources = _sources(settings.choose("notices", notices), platform)
+    for source in sources:
         if not isinstance(source, NoticeSource):
             raise ConfigError(f"notices=[{source!r}]: a notice source has a name and a method watch(emit, stop)")
     return Options(
         stores=stores,
         policy=settings.choose("every", every, as_save_policy),
         retention=settings.choose("keep", keep, as_retention_policy),
-        sources=tuple(notices),
+        sources=sources,
         exit_code=code,
         settings=settings,
+        platform=platform,
+        grace_s=settings.choose("grace", grace, lambda value: value and parse_seconds(value, argument="grace")),
     )
+
+
+def _sources(notices: Any, platform: Platform) -> tuple[NoticeSource, ...]:
+    if notices == "none":
+        return ()
+    if notices == "auto":
+        return auto_sources(platform)
+    if isinstance(notices, str) or not isinstance(notices, Sequence):
+        raise ConfigError(f"notices={notices!r}: write 'auto', 'none', or give a list of notice sources")
+    auto = [one for source in notices for one in (auto_sources(platform) if source == "auto" else (source,))]
+    return tuple(auto)
 
 
 def _open_stores(uri: Any) -> tuple[ObjectStore, ...]:

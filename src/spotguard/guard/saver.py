@@ -1,8 +1,10 @@
 """When a save is due, and taking the snapshot: the part of the guard that stalls the loop, and nothing but that part."""
 
+import collections
+import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from spotguard.checkpoint.layout import rank_name
 from spotguard.errors import SaveError
@@ -10,7 +12,7 @@ from spotguard.events import Event, SaveSkipped, SaveStarted
 from spotguard.guard.gate import Gate
 from spotguard.guard.meter import Meter
 from spotguard.pipeline.writer import Writer
-from spotguard.policies import Due, SavePoint, SavePolicy
+from spotguard.policies import Due, SavePoint, SavePolicy, SaveTimes, p95
 from spotguard.state.snapshot import HostBuffers, ShardImage, Snapshot
 
 __all__ = ["RANK", "Place", "Saver"]
@@ -66,7 +68,12 @@ class Saver:
         self._writer, self._policy, self._trees, self._publish, self._gate = writer, policy, trees, publish, gate
         self._buffers = HostBuffers()
         self._stall_s = 0.0
+        self._stalls: collections.deque[float] = collections.deque(maxlen=100)
+        self._lock = (
+            threading.RLock()
+        )  # of the buffers: where the loop is stuck, another thread commits what is in them
         self._saved_at = -1
+        self._step_s, self._planned, self._planned_at = 0.0, time.monotonic(), Place(0, 0, 0, 0)
         self._snapshot: Snapshot | None = None  # the last one; its buffers are good until the next
 
     @property
@@ -76,8 +83,27 @@ class Saver:
 
     def plan(self, place: Place) -> None:
         """Ask the policy when the next save is due, seen from now."""
+        self._step_s, self._planned, self._planned_at = self.step_s(place), time.monotonic(), place
         self.due = self._policy.next_due(
             SavePoint(place.step, time.monotonic(), self._stall_s, self._writer.write_s, place.epoch)
+        )
+
+    def step_s(self, place: Place) -> float:
+        """Seconds that a step takes, on average since the last save."""
+        steps = place.boundary - self._planned_at.boundary
+        return (time.monotonic() - self._planned) / steps if steps > 0 else self._step_s
+
+    def times(self, step_s: float) -> SaveTimes:
+        """What a save takes, as measured."""
+        writes, fast, stall = p95(self._writer.seconds), self._writer.fast_seconds, p95(self._stalls) or 0.0
+        quickest = p95(fast[0]) if fast is not None else None
+        in_flight = self._writer.busy
+        return SaveTimes(
+            save_s=None if writes is None else stall + writes,
+            fast_s=None if quickest is None else stall + quickest,
+            fast_survives=fast is not None and fast[1],
+            step_s=step_s,
+            flush_s=max(0.0, (writes or 0.0) - (time.monotonic() - self._writer.started)) if in_flight else None,
         )
 
     def is_due(self, place: Place) -> bool:
@@ -106,32 +132,66 @@ class Saver:
 
         Nothing is held while the buffers are being written out: what is in them is hardly older.
         """
-        if self._saved_at == place.boundary:
-            self.held = place
-        elif not self._writer.busy:
-            self._snapshot = self._capture(place)
-            self.held = place
+        with self._lock:
+            if self._saved_at == place.boundary:
+                self.held = place
+            elif not self._writer.busy:
+                self._snapshot = self._capture(place)
+                self.held = place
 
     def release(self) -> None:
         """The held snapshot is not needed any more."""
         self.held = None
 
-    def save_and_wait(self, title: str, place: Place, *, finished: bool = False) -> None:
+    def save_and_wait(
+        self,
+        title: str,
+        place: Place,
+        *,
+        finished: bool = False,
+        tiers: Literal["all", "fastest"] = "all",
+        deadline: float | None = None,
+    ) -> bool:
         """Commit this very boundary, waiting for what is in flight first; the writer's `error` tells how it went.
 
         There is no later save to make up for a failed one, so a failed one is tried once more.
+
+        Returns:
+            Whether that was done, well or badly, by the deadline (monotonic seconds), where there is one.
         """
-        self._writer.drain()
+        if not self._drain(deadline):
+            return False
         if self._saved_at == place.boundary and self._writer.error is None and not finished:
-            return
+            return True
         metrics = self.requested
         for _ in range(2):
             self.requested = metrics
             with Meter(title) as meter:
-                self.snapshot(place, finished=finished, progress=meter.advance)
-                self._writer.drain()
+                self.snapshot(place, finished=finished, progress=meter.advance, tiers=tiers, deadline=deadline)
+                if not self._drain(deadline):
+                    return False
             if self._writer.error is None or self._writer.fenced is not None:
-                return
+                return True
+        return True
+
+    def commit_held(self) -> bool:
+        """Commit the last host snapshot, if that is not done; False if there is none. Called where the loop is stuck, by another thread.
+
+        The live state is not touched: it may be in the middle of a step.
+        """
+        if not self._lock.acquire(blocking=False):
+            return False  # the loop is here itself, at last
+        try:
+            failed = self._writer.error is not None and self._writer.fenced is None
+            if self._writer.busy or self._snapshot is None or (self.held is None and not failed):
+                return self._writer.busy
+            self._writer.submit(self._snapshot, self.requested or {})
+            return True
+        finally:
+            self._lock.release()
+
+    def _drain(self, deadline: float | None) -> bool:
+        return self._writer.drain(None if deadline is None else max(0.0, deadline - time.monotonic()))
 
     def save_finished(self, place: Place) -> None:
         """Commit the end of the run.
@@ -149,15 +209,26 @@ class Saver:
                 "The last committed one stands; mend the cause and start again to redo the rest"
             ) from self._writer.error
 
-    def snapshot(self, place: Place, *, finished: bool = False, progress: Callable[[int], None] | None = None) -> None:
+    def snapshot(
+        self,
+        place: Place,
+        *,
+        finished: bool = False,
+        progress: Callable[[int], None] | None = None,
+        tiers: Literal["all", "fastest"] = "all",
+        deadline: float | None = None,
+    ) -> None:
         """Copy the state into the kept buffers, hand them to the writer, and let the loop go on."""
         began = time.monotonic()
-        metrics, self.requested = self.requested or {}, None
-        if self.held is None or self.held.boundary != place.boundary or self._snapshot is None or finished:
-            self._snapshot = self._capture(place, finished=finished)
-        snapshot = self._snapshot
-        self._writer.submit(snapshot, metrics, progress)
+        with self._lock:
+            self._writer.drain()  # of what another thread has committed meanwhile
+            metrics, self.requested = self.requested or {}, None
+            if self.held is None or self.held.boundary != place.boundary or self._snapshot is None or finished:
+                self._snapshot = self._capture(place, finished=finished)
+            snapshot = self._snapshot
+            self._writer.submit(snapshot, metrics, progress, tiers=tiers, deadline=deadline)
         self._stall_s, self._saved_at = time.monotonic() - began, place.boundary
+        self._stalls.append(self._stall_s)
         self._publish(SaveStarted(step=place.step, size=snapshot.size, stall_s=self._stall_s))
         if self._gate is not None:
             self._gate.ask("snapshot", step=place.step, stall=self._stall_s, size=snapshot.size)

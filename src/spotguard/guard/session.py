@@ -15,10 +15,11 @@ The loop says where it is and what there is to save; it decides nothing else.
 
 import contextlib
 import logging
+import signal
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from spotguard._time import format_seconds
 from spotguard.checkpoint import Manifest
@@ -33,13 +34,16 @@ from spotguard.events import (
     FreshStart,
     InexactResume,
     NoticeReceived,
+    NoticeWithdrawn,
     Resumed,
     RunFinished,
     SaveFailed,
     Stopped,
     TierUnreachable,
 )
+from spotguard.guard.budget import Budget
 from spotguard.guard.console import say
+from spotguard.guard.departure import Departure, write_exit_record
 from spotguard.guard.event_log import EventLog
 from spotguard.guard.gate import Gate, join_rehearsal
 from spotguard.guard.meter import Meter
@@ -49,7 +53,7 @@ from spotguard.notices import NoticeWatcher, PollingSource, PreemptionNotice, Si
 from spotguard.pipeline.checkpoint import Checkpoint
 from spotguard.pipeline.tiers import Tiers
 from spotguard.pipeline.writer import Writer
-from spotguard.policies import as_save_policy
+from spotguard.policies import FinalPlan, as_save_policy
 from spotguard.state.compare import fingerprint
 from spotguard.state.rng import capture_rng
 from spotguard.stores import ObjectRef
@@ -116,6 +120,9 @@ class Session:
         self._cleanup.callback(self._bus.close)
         self._watcher = NoticeWatcher(self._on_notice)
         self._cleanup.callback(self._watcher.close)
+        self._budget = Budget(options.platform, options.grace_s)
+        self._departure: Departure | None = None
+        self._leaving = False
         self.writer: Writer | None = None
 
     @property
@@ -139,8 +146,9 @@ class Session:
         Args:
             previous: Handlers to call after ours, in place of those that are found.
         """
+        wanted = [signal.SIGTERM, signal.SIGINT, *(signal.Signals[name] for name in self._options.platform.signals)]
         self.signals = SignalSource(
-            repeat_s=self._options.settings.repeat_s, on_record=self.raise_alert, previous=previous
+            tuple(wanted), repeat_s=self._options.settings.repeat_s, on_record=self.raise_alert, previous=previous
         )
         self.signals.install()
         self._listening = True
@@ -249,7 +257,8 @@ class Session:
         self._watcher.watch(PollingSource("request", self._stop_requested, self._options.settings.poll_s))
         self._saver = Saver(self.writer, self._policy, trees=self._trees, publish=self.publish, gate=self._gate)
         self._saver.plan(self._place())
-        if (notice := self.notice()) is not None:
+        self._departure = Departure(self._budget, self._saver, self.writer, self.publish)
+        if (notice := self.notice()) is not None and notice.action == "stop":
             self.leave(notice, self._began)
 
     def boundary(self) -> None:
@@ -276,22 +285,49 @@ class Session:
             self._saver.prepare()
         if self.writer.fenced is not None:
             raise self.writer.fenced
-        if (notice := self.notice()) is not None:
-            self.stop(notice)
+        if (notice := self.notice()) is not None and self.answer(notice):
+            return
         if self.writer.failures >= self._options.settings.max_failures:
             raise SaveError(
                 f"{self.writer.failures} saves in a row failed, the last with: {self.writer.error}. Mend the cause and start again; "
                 "SPOTGUARD_MAX_FAILURES sets how many are put up with"
             ) from self.writer.error
+        if self._departure is not None:
+            self._departure.warn_if_too_short(place)
         self._saver.attend(place)
 
-    def stop(self, notice: PreemptionNotice) -> NoReturn:
-        """Save this boundary, or the held snapshot of an earlier one, and leave."""
+    def answer(self, notice: PreemptionNotice) -> bool:
+        """Do what a notice asks for, at this boundary or with the held snapshot of an earlier one.
+
+        Returns:
+            Whether that was all there is to do here, and training goes on until the last save has to begin.
+
+        Raises:
+            Preempted: The run has been saved and is to stop.
+        """
         assert self.writer is not None, "begin() comes first"
+        assert self._departure is not None, "begin() makes it"
         began = time.monotonic()
         place = self._saver.held or self._place()
+        if notice.action == "save":
+            say(f"{notice.detail}: saving step {place.step} and going on")
+            self._saver.requested = self._saver.requested or {}
+            self._watcher.settle(notice)
+            self.alert = True
+            return False
+        plan = self._departure.plan(notice, place)
+        if plan.train_s:
+            self.alert = True
+        else:
+            self._stop(plan, notice, place, began)
+        return True
+
+    def _stop(self, plan: FinalPlan, notice: PreemptionNotice, place: Place, began: float) -> NoReturn:
+        assert self.writer is not None, "begin() comes first"
+        assert self._departure is not None, "begin() makes it"
         say(f"{notice.detail}: stopping at step {place.step}")
-        self._saver.save_and_wait("saving before the stop", place)
+        self._leaving = True
+        self._departure.execute(plan, notice, place)
         if self.writer.fenced is not None:
             raise self.writer.fenced  # to be started again would take the run away from whoever has it now
         if self.writer.error is not None:
@@ -304,6 +340,8 @@ class Session:
             self._take_request_away()
         last, step = self.checkpoint, (self._saver.held or self._place()).step
         identity, seconds, code = last.id if last else None, time.monotonic() - began, self._options.exit_code
+        self._leaving = True
+        self._record("preempted", step, notice=notice.detail)
         self.publish(Stopped(checkpoint=identity, step=step, reason=notice.detail, seconds=seconds))
         if self._gate is not None:
             self._gate.ask("stopped", step=step, checkpoint=identity, seconds=seconds, code=code)
@@ -326,6 +364,7 @@ class Session:
         self._take_request_away()
         last = self.checkpoint
         self.publish(RunFinished(checkpoint=last.id if last else None, step=place.step))
+        self._record("finished", place.step)
         say(f"finished at step {place.step}" + (f", checkpoint {last.id}" if last else ""))
         if self._gate is not None:
             self._gate.ask("finished", step=place.step, checkpoint=last.id if last else None)
@@ -372,8 +411,58 @@ class Session:
             self.signals.restore()
 
     def _on_notice(self, notice: PreemptionNotice) -> None:
+        if notice.action == "withdrawn":
+            say(f"{notice.source}: {notice.detail}; training goes on")
+            self.publish(NoticeWithdrawn(source=notice.source, detail=notice.detail))
+            return
         self.alert = True
-        self.publish(NoticeReceived(source=notice.source, kind=notice.kind, detail=notice.detail))
+        deadline = self._budget.deadline_of(notice)
+        left = None if deadline is None else deadline.at - notice.received
+        self.publish(
+            NoticeReceived(
+                source=notice.source, kind=notice.kind, detail=notice.detail, action=notice.action, left_s=left
+            )
+        )
+        if self._departure is not None:
+            self._departure.stand_by(notice, self._commit_held)
+
+    def _commit_held(self) -> None:
+        """No boundary has come while there was time for one."""
+        committed = self._saver.commit_held()
+        what = "the last snapshot in memory is committed" if committed else "the last checkpoint stands"
+        say(f"no step boundary before the deadline: {what}")
+        notice = self.notice()
+        self._record(
+            "preempted", self._place().step, notice=notice.detail if notice else None, detail="no step boundary came"
+        )
+
+    def failed(self, error: BaseException) -> None:
+        """An exception ends this attempt; leave word of it."""
+        if self._departure is not None and not self._leaving:
+            self._leaving = True
+            self._record("failed", self._place().step, detail=f"{type(error).__name__}: {error}"[:500])
+
+    def _record(
+        self,
+        state: Literal["preempted", "finished", "failed"],
+        step: int,
+        *,
+        notice: str | None = None,
+        detail: str = "",
+    ) -> None:
+        last, reason = self.checkpoint, self._departure.reason if self._departure is not None else ""
+        if self.writer is not None and self.writer.error is not None:
+            reason = f"the final save failed: {self.writer.error}"
+        write_exit_record(
+            self._home,
+            attempt=self._attempt,
+            state=state,
+            step=step,
+            checkpoint=last.id if last else None,
+            notice=notice,
+            detail=detail or reason,
+            exit_code={"preempted": self._options.exit_code, "finished": 0}.get(state),
+        )
 
     def _take_request_away(self) -> None:
         """A request to stop is met by any stop, and by the end of the run; the next start must not obey it."""

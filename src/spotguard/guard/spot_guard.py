@@ -15,18 +15,17 @@ import datetime as dt
 import os
 import time
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from spotguard.errors import ConfigError
 from spotguard.events import EventHook
 from spotguard.guard.batches import Batches, length_of
 from spotguard.guard.console import say
-from spotguard.guard.options import RunPlaces, read_options, refuse_several_ranks
+from spotguard.guard.options import Notices, RunPlaces, read_options, refuse_several_ranks
 from spotguard.guard.restorer import Restorer
 from spotguard.guard.saver import RANK, Place
 from spotguard.guard.session import Session
-from spotguard.notices import NoticeSource
 from spotguard.pipeline.checkpoint import Checkpoint
 from spotguard.policies import RetentionPolicy, SavePolicy
 from spotguard.state.data import DataTracker
@@ -48,7 +47,10 @@ class SpotGuard:
         every: When to save: ``"10m"``, ``500`` steps, ``"auto"``, or a policy such as ``EverySteps(500) | EverySeconds(600)``.
             Default: ``SPOTGUARD_EVERY``, else ``"10m"``.
         keep: What to keep: a number of newest checkpoints, or a policy. Default: ``SPOTGUARD_KEEP``, else 3.
-        notices: Further sources of notices; SIGTERM, SIGINT and the ``stop`` object are always heard.
+        notices: ``"auto"``, the default, asks the metadata service of the cloud we are on; ``"none"`` does not; or a list of sources, in
+            which ``"auto"`` may stand too. SIGTERM, SIGINT and the ``stop`` object are always heard.
+        grace: How long the platform leaves us after a signal, such as ``"30s"``. Default: ``SPOTGUARD_GRACE``, else what is known of the
+            platform.
         exit_code: Exit status after a stop. Default: ``SPOTGUARD_EXIT_CODE``, else 143.
         on_event: Called with every event, in a thread of its own.
 
@@ -82,11 +84,12 @@ class SpotGuard:
         *,
         every: SavePolicy | int | str | dt.timedelta | None = None,
         keep: RetentionPolicy | int | None = None,
-        notices: Sequence[NoticeSource] = (),
+        notices: Notices | None = None,
+        grace: str | float | dt.timedelta | None = None,
         exit_code: int | None = None,
         on_event: EventHook | None = None,
     ) -> None:
-        self._options = read_options(uri, every=every, keep=keep, notices=notices, exit_code=exit_code)
+        self._options = read_options(uri, every=every, keep=keep, notices=notices, exit_code=exit_code, grace=grace)
         if not isinstance(state, TrainState):
             raise ConfigError(
                 f"state={type(state).__name__}(...): wrap it, as in TrainState(model=model, optimizer=optimizer)"
@@ -200,6 +203,8 @@ class SpotGuard:
                 raise self._session.stopped  # an `except` in the block took it; the run is stopped all the same, not finished
             if kind is None:
                 self._finish(self._session)
+            elif error is not None and self._session.stopped is None:
+                self._session.failed(error)
         finally:
             # In an exception the loop may be anywhere inside a step: live state is not saved.
             self._session.close(drain=kind is not None)

@@ -5,19 +5,18 @@ import copy
 import datetime as dt
 import importlib
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from spotguard._time import utc_now
 from spotguard.errors import ConfigError, Preempted
 from spotguard.events import EventHook
 from spotguard.guard.console import say
-from spotguard.guard.options import RunPlaces, read_options, refuse_several_ranks
+from spotguard.guard.options import Notices, RunPlaces, read_options, refuse_several_ranks
 from spotguard.guard.session import Loaded, Session
 from spotguard.lightning._host import base_class, host_of
 from spotguard.lightning.fit import MODEL, GuardedFit, check_payload, check_trainer
 from spotguard.lightning.loops import guard_loops
-from spotguard.notices import NoticeSource
 from spotguard.pipeline.checkpoint import Checkpoint
 from spotguard.policies import RetentionPolicy, SavePolicy, metrics_of
 
@@ -41,7 +40,8 @@ class SpotGuardCallback(Callback):  # type: ignore[misc]
         keep: What to keep: a number of newest checkpoints, or a policy. One that goes by a metric, such as
             ``KeepBest(3, "val_loss") | KeepNewest(2)``, also has a checkpoint saved after each validation that logs the metric.
             Default: ``SPOTGUARD_KEEP``, else 3.
-        notices: Further sources of notices; SIGTERM, SIGINT and the ``stop`` object are always heard.
+        notices: ``"auto"``, ``"none"``, or a list of sources; as for `SpotGuard`.
+        grace: How long the platform leaves us after a signal; as for `SpotGuard`.
         exit_code: Exit status after a stop. Default: ``SPOTGUARD_EXIT_CODE``, else 143.
         on_event: Called with every event, in a thread of its own.
         log_metrics: Log ``spotguard/stall_s`` (seconds the last save stopped training), ``spotguard/last_durable_age_s`` (seconds since the
@@ -64,13 +64,14 @@ class SpotGuardCallback(Callback):  # type: ignore[misc]
         *,
         every: SavePolicy | int | str | dt.timedelta | None = None,
         keep: RetentionPolicy | int | None = None,
-        notices: Sequence[NoticeSource] = (),
+        notices: Notices | None = None,
+        grace: str | float | dt.timedelta | None = None,
         exit_code: int | None = None,
         on_event: EventHook | None = None,
         log_metrics: bool = False,
     ) -> None:
         super().__init__()
-        self._options = read_options(uri, every=every, keep=keep, notices=notices, exit_code=exit_code)
+        self._options = read_options(uri, every=every, keep=keep, notices=notices, grace=grace, exit_code=exit_code)
         self._on_event, self._log_metrics = on_event, log_metrics
         self._session: Session | None = None
         self._loaded: Loaded | None = None

@@ -122,7 +122,7 @@ class GuardedFit:
         assert self._state is not None, "begun"
         _check_readable(self._state.checkpoint())
         assert self.session is not None, "begun"
-        if (notice := self.session.notice()) is not None:
+        if (notice := self.session.notice()) is not None and notice.action == "stop":
             self.session.leave(notice, time.monotonic())
 
     def end(self) -> None:
@@ -187,7 +187,7 @@ class GuardedFit:
         if session is None or not self.active or not session.alert or session.saver.held is None:
             return
         if (notice := session.notice()) is not None:
-            session.stop(notice)
+            session.answer(notice)
 
     def after_validation(self) -> None:
         """The validation is over."""

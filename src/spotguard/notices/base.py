@@ -4,21 +4,28 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
-__all__ = ["NoticeSource", "PreemptionNotice", "Wakeable"]
+__all__ = ["Action", "NoticeSource", "PreemptionNotice", "Wakeable"]
+
+Action = Literal["stop", "save", "withdrawn"]
+"""What a notice asks for: save and leave; save and go on; forget an earlier notice with the same source and id."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PreemptionNotice:
-    """The warning that this process will be stopped, or should stop.
+    """The warning that this process will be stopped, or should stop, or is at risk.
 
     Attributes:
         source: Name of the source it came from.
-        kind: ``"signal"`` or ``"request"``.
+        kind: ``"signal"``, ``"request"``, ``"preemption"``, ``"maintenance"`` or ``"rebalance"``.
         detail: What a person should read, such as ``"SIGTERM"``.
         deadline: Instant (monotonic seconds) by which we must be gone; None when nobody said.
         received: When we heard of it, monotonic seconds.
+        action: What it asks for.
+        id: Tells notices of one source apart: the same one is heard again and again by polling, and may be withdrawn.
+        grace: Seconds that the platform leaves from `received` on, where it says so by its rules and not by a timestamp; the guard makes
+            a deadline of it. None where nobody knows.
 
     Example:
         >>> PreemptionNotice(source="signal", kind="signal", detail="SIGTERM").deadline is None
@@ -30,6 +37,9 @@ class PreemptionNotice:
     detail: str
     deadline: float | None = None
     received: float = dataclasses.field(default_factory=time.monotonic)
+    action: Action = "stop"
+    id: str = ""
+    grace: float | None = None
 
 
 @runtime_checkable
@@ -39,7 +49,10 @@ class NoticeSource(Protocol):
     name: str
 
     def watch(self, emit: Callable[[PreemptionNotice], None], stop: threading.Event) -> None:
-        """Watch until `stop` is set, calling `emit` for each notice. Runs in a thread of its own."""
+        """Watch until `stop` is set, calling `emit` for each notice. Runs in a thread of its own.
+
+        Whatever goes wrong on the way is no news: only a notice may end training.
+        """
         ...
 
 

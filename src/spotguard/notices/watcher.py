@@ -11,20 +11,33 @@ __all__ = ["NoticeWatcher"]
 
 logger = logging.getLogger(__name__)
 
+_SAME_S = 1.0  # deadlines of one notice that differ by less are the same: wall time is read anew with each answer
+
 
 class NoticeWatcher:
-    """One slot for notices: the earliest deadline wins; without deadlines, the first.
+    """One slot for notices: a stop before a save, the earliest deadline first; without deadlines, the first that came.
 
     Args:
-        on_notice: Called for each notice, from the thread of its source.
+        on_notice: Called for each notice that is news, from the thread of its source; for one that is withdrawn, too.
 
     Attributes:
         notice: The notice that matters now, or None. Reading it is all that a step pays.
+
+    Example:
+        >>> watcher = NoticeWatcher(lambda notice: None)
+        >>> watcher.emit(PreemptionNotice(source="azure", kind="preemption", detail="Preempt", id="1"))
+        >>> watcher.notice.detail
+        'Preempt'
+        >>> watcher.emit(PreemptionNotice(source="azure", kind="preemption", detail="withdrawn", id="1", action="withdrawn"))
+        >>> watcher.notice is None
+        True
     """
 
     def __init__(self, on_notice: Callable[[PreemptionNotice], None]) -> None:
         self.notice: PreemptionNotice | None = None
         self._on_notice = on_notice
+        self._standing: dict[tuple[str, str], PreemptionNotice] = {}
+        self._met: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._sources: list[NoticeSource] = []
@@ -49,10 +62,33 @@ class NoticeWatcher:
 
     def emit(self, notice: PreemptionNotice) -> None:
         """Take a notice. Safe from any thread, never from a signal handler."""
+        key = (notice.source, notice.id)
         with self._lock:
-            if self.notice is None or _deadline(notice) < _deadline(self.notice):
-                self.notice = notice
+            standing = self._standing.get(key)
+            if notice.action == "withdrawn":
+                if standing is None:
+                    return
+                del self._standing[key]
+                self._met.discard(key)
+            elif standing is None or (
+                _is_news(notice, standing) if notice.id else _urgency(notice) < _urgency(standing)
+            ):
+                self._standing[key] = notice
+                self._met.discard(key)
+            elif notice.id:
+                return  # heard before
+            self._choose()
         self._on_notice(notice)
+
+    def settle(self, notice: PreemptionNotice) -> None:
+        """It asked for a save, and that is made: it needs no more attention, and is no news when it is heard again."""
+        with self._lock:
+            self._met.add((notice.source, notice.id))
+            self._choose()
+
+    def _choose(self) -> None:
+        waiting = [notice for key, notice in self._standing.items() if key not in self._met]
+        self.notice = min(waiting, key=_urgency, default=None)
 
     def _watch(self, source: NoticeSource) -> None:
         try:
@@ -61,5 +97,13 @@ class NoticeWatcher:
             logger.exception("notice source %r failed; notices from it will not be heard", source.name)
 
 
-def _deadline(notice: PreemptionNotice) -> float:
-    return math.inf if notice.deadline is None else notice.deadline
+def _urgency(notice: PreemptionNotice) -> tuple[bool, float]:
+    return notice.action != "stop", math.inf if notice.deadline is None else notice.deadline
+
+
+def _is_news(notice: PreemptionNotice, standing: PreemptionNotice) -> bool:
+    return notice.action != standing.action or _apart(notice.deadline, standing.deadline)
+
+
+def _apart(one: float | None, other: float | None) -> bool:
+    return one != other and (one is None or other is None or abs(one - other) > _SAME_S)

@@ -92,7 +92,7 @@ def commit(
         shards=tuple(shards),
     )
     # The time in it makes it ours alone: where the answer to a create gets lost, the retry knows it again.
-    create_object(store, identity.manifest_key, manifest.to_bytes())
+    create_object(store, identity.manifest_key, manifest.to_bytes(), deadline=deadline)
     return manifest, written
 
 

@@ -109,24 +109,26 @@ def changing_bytes(where: str) -> str:
     )
 
 
-def write_object(store: ObjectStore, key: str, data: bytes, *, exclusive: bool = False) -> None:
-    """Write an object whole."""
+def write_object(
+    store: ObjectStore, key: str, data: bytes, *, exclusive: bool = False, deadline: float | None = None
+) -> None:
+    """Write an object whole, by an instant (monotonic seconds) where there is one."""
 
     def write() -> None:
-        with store.create(key, exclusive=exclusive) as writer:
+        with store.create(key, exclusive=exclusive, deadline=deadline) as writer:
             writer.write(data)
 
     retried(write)
 
 
-def create_object(store: ObjectStore, key: str, data: bytes) -> None:
+def create_object(store: ObjectStore, key: str, data: bytes, *, deadline: float | None = None) -> None:
     """Create an object, exclusively. One that is there with these very bytes is the one: the answer to a create may get lost.
 
     Raises:
         ObjectExistsError: Another one has the name.
     """
     try:
-        write_object(store, key, data, exclusive=True)
+        write_object(store, key, data, exclusive=True, deadline=deadline)
     except ObjectExistsError as error:
         try:
             same = read_object(store, key) == data

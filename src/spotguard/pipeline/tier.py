@@ -1,5 +1,6 @@
 """One of the stores that a run is kept in."""
 
+import collections
 import dataclasses
 
 from spotguard.checkpoint import CheckpointId, Manifest
@@ -23,6 +24,7 @@ class Tier:
         last: The newest commit of this history there, whose shards may be named again.
         suspect: The last commit there was found damaged: nothing of it is named again.
         failures: Failed saves in a row.
+        seconds: What the last commits took.
     """
 
     store: ObjectStore
@@ -33,6 +35,7 @@ class Tier:
     last: Manifest | None = None
     suspect: bool = False
     failures: int = 0
+    seconds: collections.deque[float] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=100))
 
     def holds(self, identity: CheckpointId) -> bool:
         """Whether that checkpoint was committed there when it was last listed."""

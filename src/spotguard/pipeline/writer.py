@@ -1,5 +1,6 @@
 """The background thread that commits snapshots: one in flight, never queued, never cancelled."""
 
+import collections
 import logging
 import threading
 import time
@@ -42,6 +43,8 @@ class Writer:
         error: The last failure, or None once a save has worked.
         fenced: A later attempt has taken over; no save will work any more.
         write_s: Seconds the last commit took.
+        seconds: What the last commits took, in all tiers together.
+        started: When the one in flight began, monotonic seconds.
     """
 
     def __init__(
@@ -57,12 +60,14 @@ class Writer:
         self._tiers = store if isinstance(store, Tiers) else Tiers.ready(store, resumed)
         self.checkpoint: Checkpoint | None = self._tiers.newest
         self.failures, self.write_s = 0, 0.0
+        self.seconds: collections.deque[float] = collections.deque(maxlen=100)
+        self.started = 0.0
         self.error: BaseException | None = None
         self.fenced: FencedError | None = None
         self._run_id, self._attempt, self._retention, self._publish = run_id, attempt, retention, publish
         self._used: CheckpointId | None = None
         self._parent = resumed.id if resumed is not None else None
-        self._job: tuple[Snapshot, Mapping[str, float], Progress | None, tuple[Tier, ...]] | None = None
+        self._job: tuple[Snapshot, Mapping[str, float], Progress | None, tuple[Tier, ...], float | None] | None = None
         self._wake = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="spotguard-writer", daemon=True)
@@ -78,6 +83,12 @@ class Writer:
         """Whether a commit is under way: the snapshot's buffers must not be touched."""
         return self._job is not None
 
+    @property
+    def fast_seconds(self) -> tuple[collections.deque[float], bool] | None:
+        """What commits to the fastest tier took, and whether that one outlives the machine; None where there is only one."""
+        fastest = self._tiers.all[0]
+        return (fastest.seconds, fastest.surviving) if self._tiers.several else None
+
     def submit(
         self,
         snapshot: Snapshot,
@@ -85,6 +96,7 @@ class Writer:
         progress: Progress | None = None,
         *,
         tiers: str = "all",
+        deadline: float | None = None,
     ) -> None:
         """Hand over a snapshot; only allowed while not `busy`.
 
@@ -92,11 +104,15 @@ class Writer:
             snapshot: What to commit.
             metrics: Recorded with it.
             progress: Called with the number of bytes done, for each piece.
-            tiers: ``"all"``, or only the ``"fastest"``: where time is short, and that one is not lost with the machine.
+            tiers: ``"all"``, or only the ``"fastest"``: where time is short.
+            deadline: Instant (monotonic seconds) after which nothing of it may become visible.
         """
         with self._wake:
             assert self._job is None, "one save in flight"
-            self._job = (snapshot, metrics, progress, self._tiers.select(tiers))
+            self._job, self.started = (
+                (snapshot, metrics, progress, self._tiers.select(tiers), deadline),
+                time.monotonic(),
+            )
             self._wake.notify_all()
 
     def drain(self, timeout: float | None = None) -> bool:
@@ -128,7 +144,12 @@ class Writer:
                     self._wake.notify_all()
 
     def _commit(
-        self, snapshot: Snapshot, metrics: Mapping[str, float], progress: Progress | None, tiers: tuple[Tier, ...]
+        self,
+        snapshot: Snapshot,
+        metrics: Mapping[str, float],
+        progress: Progress | None,
+        tiers: tuple[Tier, ...],
+        deadline: float | None,
     ) -> None:
         started = time.monotonic()
         sequence = self._used.sequence + 1 if self._used and self._used.step == snapshot.step else 0
@@ -140,7 +161,7 @@ class Writer:
             if tier.failures and tier.admitted:
                 self._sweep([tier])  # what the failed save left behind may be what fills the disk
             try:
-                self._commit_to(tier, snapshot, sequence, metrics, progress)
+                self._commit_to(tier, snapshot, sequence, metrics, progress, deadline)
             except Exception as error:
                 if isinstance(error, FencedError) and not (self._tiers.several and isinstance(error, ClaimGoneError)):
                     raise
@@ -156,9 +177,12 @@ class Writer:
         self.failures = 0 if any(tier.surviving for tier in done) else self.failures
         self._parent = self._used
         self.write_s = time.monotonic() - started
+        if len(tiers) == len(self._tiers.all):
+            self.seconds.append(self.write_s)
         for tier, trouble in failed.items():
             self._tier_failed(tier, snapshot.step, trouble)
-        self._sweep(done)
+        if deadline is None:  # the next attempt has time for it
+            self._sweep(done)
 
     def _commit_to(
         self,
@@ -167,6 +191,7 @@ class Writer:
         sequence: int,
         metrics: Mapping[str, float],
         progress: Progress | None,
+        deadline: float | None,
     ) -> None:
         started = time.monotonic()
         self._tiers.admit(tier)
@@ -180,11 +205,13 @@ class Writer:
             parent=self._parent,
             reuse=not tier.suspect,
             metrics=metrics,
+            deadline=deadline,
             progress=progress,
         )
         if tier.failures:
             logger.info("%s works again", tier.store.uri)
         tier.last, tier.suspect, tier.failures = manifest, False, 0
+        tier.seconds.append(time.monotonic() - started)
         tier.known.manifests[manifest.id] = manifest
         if tier.surviving and (self.last is None or self.last.id != manifest.id):
             self.checkpoint = Checkpoint(tier.store, manifest)

@@ -1,5 +1,6 @@
 """Decisions as small objects that compose: when to save, what to keep. Pure: no clock, no I/O."""
 
+from spotguard.policies.final_save import FinalPlan, FinalSave, SaveTimes, p95, plan_final_save
 from spotguard.policies.retention import (
     KeepAll,
     KeepBest,
@@ -26,6 +27,8 @@ __all__ = [
     "EveryEpochs",
     "EverySeconds",
     "EverySteps",
+    "FinalPlan",
+    "FinalSave",
     "KeepAll",
     "KeepBest",
     "KeepNewest",
@@ -33,7 +36,10 @@ __all__ = [
     "RetentionPolicy",
     "SavePoint",
     "SavePolicy",
+    "SaveTimes",
     "as_retention_policy",
     "as_save_policy",
     "metrics_of",
+    "p95",
+    "plan_final_save",
 ]

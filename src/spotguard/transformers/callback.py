@@ -3,14 +3,13 @@
 import datetime as dt
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from spotguard.errors import ConfigError
 from spotguard.events import EventHook
-from spotguard.guard.options import RunPlaces, read_options, refuse_several_ranks
+from spotguard.guard.options import Notices, RunPlaces, read_options, refuse_several_ranks
 from spotguard.guard.session import Loaded, Session
-from spotguard.notices import NoticeSource
 from spotguard.pipeline.checkpoint import Checkpoint
 from spotguard.policies import RetentionPolicy, SavePolicy, metrics_of
 from spotguard.transformers._host import base_class, trainer_of_caller
@@ -36,7 +35,8 @@ class SpotGuardTrainerCallback(TrainerCallback):  # type: ignore[misc]
         keep: What to keep: a number of newest checkpoints, or a policy. One that goes by a metric, such as
             ``KeepBest(3, "eval_loss") | KeepNewest(2)``, also has a checkpoint saved after each evaluation that gives the metric.
             Default: ``SPOTGUARD_KEEP``, else 3.
-        notices: Further sources of notices; SIGTERM, SIGINT and the ``stop`` object are always heard.
+        notices: ``"auto"``, ``"none"``, or a list of sources; as for `SpotGuard`.
+        grace: How long the platform leaves us after a signal; as for `SpotGuard`.
         exit_code: Exit status after a stop. Default: ``SPOTGUARD_EXIT_CODE``, else 143.
         on_event: Called with every event, in a thread of its own.
 
@@ -57,12 +57,13 @@ class SpotGuardTrainerCallback(TrainerCallback):  # type: ignore[misc]
         *,
         every: SavePolicy | int | str | dt.timedelta | None = None,
         keep: RetentionPolicy | int | None = None,
-        notices: Sequence[NoticeSource] = (),
+        notices: Notices | None = None,
+        grace: str | float | dt.timedelta | None = None,
         exit_code: int | None = None,
         on_event: EventHook | None = None,
     ) -> None:
         super().__init__()
-        self._options = read_options(uri, every=every, keep=keep, notices=notices, exit_code=exit_code)
+        self._options = read_options(uri, every=every, keep=keep, notices=notices, grace=grace, exit_code=exit_code)
         self._on_event = on_event
         self._wanted = metrics_of(self._options.retention)
         self._session: Session | None = None

@@ -120,7 +120,7 @@ class GuardedTraining:
         """A place to leave an evaluation at, if there is a snapshot of the boundary before its step."""
         session = self._session
         if self._arrived and session.saver.held is not None and (notice := session.notice()) is not None:
-            session.stop(notice)
+            session.answer(notice)
 
     def end(self) -> None:
         """The training has come to its end."""
@@ -170,7 +170,7 @@ class GuardedTraining:
             self._record.restore_callbacks()
             self._state.load_local(local)
             self._loaded = None
-        if (notice := self._session.notice()) is not None:
+        if (notice := self._session.notice()) is not None and notice.action == "stop":
             self._session.leave(notice, time.monotonic())  # nothing has happened that could be saved
 
     def _evaluates_after_this_step(self) -> bool:

@@ -1,0 +1,208 @@
+"""Where we are running, told without the network: what stops a process there, and how long it leaves us.
+
+A job can sit in several layers at once: a pod on a spot VM, started by torchrun. Each can stop it with a grace of its own, and the
+shortest one counts. Nothing here is promised by anybody: notices are best effort, and the periodic checkpoint is the guarantee.
+"""
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from spotguard.notices.base import NoticeSource
+
+__all__ = ["Cloud", "Layer", "Platform", "auto_sources", "detect_platform", "reserve_of"]
+
+Cloud = Literal["aws", "google", "azure"]
+_DMI = Path("/sys/class/dmi/id")
+_AZURE_TAG = "7783-7084-3265-9085-8269-3286-77"  # cloud-init, ChassisAssetTag.AZURE_CLOUD
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One of those that can stop the process.
+
+    Attributes:
+        name: In short, as in ``--platform``.
+        title: As people say.
+        grace_s: Seconds from its signal, or from its notice where it sends none, to the end; None where nobody knows.
+        lengthen: How to get more.
+        signals: Names of what it may send beside SIGTERM.
+    """
+
+    name: str
+    title: str
+    grace_s: float | None
+    lengthen: str
+    signals: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Platform:
+    """Where the process runs.
+
+    Attributes:
+        cloud: Whose metadata service can be asked; None where there is none, or it is switched off.
+        layers: Who can stop the process, the machine first.
+        exit_code: Exit status after a stop. 143 is 128 + SIGTERM: no scheduler takes it for success.
+
+    Example:
+        >>> pod = detect_platform({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, dmi=Path("/nowhere"))
+        >>> pod.tightest.title, pod.grace_s
+        ('Kubernetes', 30.0)
+    """
+
+    cloud: Cloud | None = None
+    layers: tuple[Layer, ...] = ()
+    exit_code: int = 143
+
+    @property
+    def tightest(self) -> Layer | None:
+        """The layer with the shortest grace that is known."""
+        known = [layer for layer in self.layers if layer.grace_s is not None]
+        return min(known, key=lambda layer: layer.grace_s or 0.0, default=None)
+
+    @property
+    def grace_s(self) -> float | None:
+        """The shortest grace, in seconds."""
+        return self.tightest.grace_s if self.tightest is not None else None
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """Names of signals to hear beside SIGTERM and SIGINT."""
+        return tuple(dict.fromkeys(name for layer in self.layers for name in layer.signals))
+
+    @property
+    def title(self) -> str:
+        """The layers, as people say."""
+        return ", ".join(layer.title for layer in self.layers) or "no platform that is known"
+
+
+def reserve_of(left_s: float) -> float:
+    """Seconds to keep back of a grace of `left_s` seconds: 10 of EC2's 120, 5 of Google's 30, less of less.
+
+    Example:
+        >>> [reserve_of(left) for left in (3600, 120, 30, 15, 2)]
+        [10.0, 10.0, 5.0, 2.5, 0.3333333333333333]
+    """
+    return min(10.0, max(0.0, left_s) / 6)
+
+
+def detect_platform(environment: Mapping[str, str] | None = None, *, dmi: Path = _DMI) -> Platform:
+    """Tell the platform from the environment and what the firmware says of the machine; asks no network.
+
+    Args:
+        environment: Of the process; by default that of this one.
+        dmi: Where the kernel shows the firmware's strings.
+    """
+    env = os.environ if environment is None else environment
+    cloud = _cloud(env, dmi)
+    layers = [_MACHINES[cloud]] if cloud is not None else []
+    layers += [layer for mark, layer in _LAYERS if any(env.get(name) for name in mark.split("|"))]
+    if cloud == "google":  # the last 15 s of the 30 are for the pods of the system: GKE, spot VMs
+        layers = [dataclasses.replace(one, grace_s=15.0) if one.name == "kubernetes" else one for one in layers]
+    if env.get("TORCHELASTIC_RUN_ID"):
+        layers.append(_torchrun(env))
+    return Platform(cloud if not _is_off(cloud, env) else None, tuple(layers))
+
+
+def auto_sources(platform: Platform, environment: Mapping[str, str] | None = None) -> tuple[NoticeSource, ...]:
+    """The sources that fit; none on any rank of a node but the first, for the services throttle by machine."""
+    env = os.environ if environment is None else environment
+    if env.get("LOCAL_RANK", "0") not in ("", "0"):
+        return ()
+    if platform.cloud == "aws":
+        from spotguard.notices.aws import AwsSource
+
+        return (AwsSource(),)
+    if platform.cloud == "google":
+        from spotguard.notices.google import GoogleSource
+
+        return (GoogleSource(),)
+    if platform.cloud == "azure":
+        from spotguard.notices.azure import AzureSource
+
+        return (AzureSource(),)
+    return ()
+
+
+def _cloud(env: Mapping[str, str], dmi: Path) -> Cloud | None:
+    if env.get("AWS_EC2_METADATA_SERVICE_ENDPOINT"):
+        return "aws"
+    if env.get("GCE_METADATA_HOST") or env.get("GCE_METADATA_ROOT"):
+        return "google"
+    if _read(dmi / "product_name").startswith("Google"):
+        return "google"
+    if _read(dmi / "chassis_asset_tag") == _AZURE_TAG:
+        return "azure"
+    if _read(dmi / "sys_vendor") == "Amazon EC2" or "amazon" in _read(dmi / "product_version").lower():
+        return "aws"
+    return None
+
+
+def _is_off(cloud: Cloud | None, env: Mapping[str, str]) -> bool:
+    name = {"aws": "AWS_EC2_METADATA_DISABLED", "google": "NO_GCE_CHECK"}.get(cloud or "", "")
+    return env.get(name, "").lower() == "true"
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _torchrun(env: Mapping[str, str]) -> Layer:
+    try:
+        grace = float(env.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", ""))
+    except ValueError:
+        grace = 30.0
+    return Layer("torchrun", "torchrun", grace, "start it with --shutdown-timeout=SECONDS (torch 2.12 or later)")
+
+
+_MACHINES = {
+    "aws": Layer("aws", "EC2", 120.0, "EC2's two minutes cannot be lengthened"),
+    "google": Layer(
+        "gcp", "Compute Engine", 30.0, "create the VM with --preemption-notice-duration=120s, and set grace='150s'"
+    ),
+    "azure": Layer("azure", "Azure", 30.0, "Azure's 30 seconds cannot be lengthened"),
+}
+
+# The environment variables by which each is known, and its defaults; sources of the figures are in docs/explanation/notices.md.
+_LAYERS = (
+    (
+        "ECS_CONTAINER_METADATA_URI_V4|ECS_CONTAINER_METADATA_URI",
+        Layer("ecs", "ECS", 30.0, "set stopTimeout in the container definition, up to 120 s"),
+    ),
+    (
+        "AWS_BATCH_JOB_ID",
+        Layer(
+            "batch",
+            "AWS Batch",
+            30.0,
+            "Batch's 30 s cannot be lengthened; EC2's notice, which is polled, comes earlier",
+        ),
+    ),
+    ("TRAINING_JOB_NAME", Layer("sagemaker", "SageMaker", 120.0, "SageMaker's 120 s cannot be lengthened")),
+    (
+        "KUBERNETES_SERVICE_HOST",
+        Layer("kubernetes", "Kubernetes", 30.0, "set terminationGracePeriodSeconds in the pod, and grace= to the same"),
+    ),
+    (
+        "SLURM_JOB_ID",
+        Layer(
+            "slurm",
+            "SLURM",
+            30.0,
+            "raise GraceTime of the partition, or ask for a signal earlier with --signal=USR1@SECONDS, and set grace=",
+            ("SIGUSR1", "SIGUSR2"),
+        ),
+    ),
+    ("RUNPOD_POD_ID", Layer("runpod", "RunPod", 5.0, "RunPod's 5 s cannot be lengthened")),
+    ("VAST_CONTAINERLABEL", Layer("vast", "Vast.ai", 10.0, "Vast.ai promises no notice at all")),
+    (
+        "INVOCATION_ID",
+        Layer("systemd", "systemd", 90.0, "set TimeoutStopSec= in the unit; the machine's power-off cuts it short"),
+    ),
+)
