@@ -93,8 +93,7 @@ class Training:
                     time.sleep(step_s)
         except Preempted as left:
             self.left_at = time.monotonic()
-            assert isinstance(left.code, int)
-            return left.code
+            return int(left.code or 0)
         return None
 
     def committed(self) -> list[int]:
