@@ -116,8 +116,10 @@ def simulate(window_s: float, count: int = 1000, seed: int = 0) -> list[Outcome]
 def table(count: int, seed: int) -> str:
     """As Markdown."""
     lines = [
-        "| window | fresh commit | a commit after the notice "
-        "| of the window spent training, median (worst of 20) | lost steps, mean | overruns |",
+        (
+            "| window | fresh commit | a commit after the notice "
+            "| of the window spent training, median (worst of 20) | lost steps, mean | overruns |"
+        ),
         "|---|---|---|---|---|---|",
     ]
     for window in (120.0, 30.0, 15.0):
