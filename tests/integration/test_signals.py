@@ -281,3 +281,44 @@ def group_is_gone(group: int) -> bool:
             return True
         time.sleep(0.01)
     return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2], ids=lambda number: number.name)
+def test_in_a_job_of_slurm_the_user_signals_are_notices_too(tmp_path: Path, number: signal.Signals) -> None:
+    with Script(WAITS_IN_STEP_3, tmp_path, SLURM_JOB_ID="7") as script:
+        script.wait_for("ready")
+        script.send(number)
+        script.wait_for(f"notice {number.name}")
+        script.release()
+        assert script.end() == (143, ["released"])
+    assert newest_step(tmp_path) == 4
+
+
+CHILDREN = """
+import multiprocessing, subprocess
+
+def sleep():
+    time.sleep(600)
+
+with guarded() as guard:
+    for step in guard.steps(1000):
+        if step == 3:
+            process = multiprocessing.get_context("fork").Process(target=sleep)
+            process.start()
+            popen = subprocess.Popen(["sleep", "600"])
+            process.terminate()
+            popen.terminate()
+            process.join()
+            say("gone", process.exitcode, popen.wait())
+            sys.stdin.readline()
+"""
+
+
+def test_signals_to_children_of_multiprocessing_and_popen_end_them_and_are_no_notice_here(tmp_path: Path) -> None:
+    with Script(CHILDREN, tmp_path) as script:
+        script.wait_for("gone -15 -15")
+        script.send(signal.SIGTERM)  # and this one is
+        script.wait_for("notice SIGTERM")
+        script.release()
+        assert script.end() == (143, [])
+    assert len(logged(tmp_path, "NoticeReceived")) == 1

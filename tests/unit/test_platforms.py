@@ -1,0 +1,224 @@
+"""Where we are running, told without the network, and how long it leaves us."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spotguard.guard.budget import Budget
+from spotguard.guard.options import Options, read_options
+from spotguard.notices import NoticeWatcher, PreemptionNotice
+from spotguard.notices.platforms import Platform, auto_sources, detect_platform, reserve_of
+
+AZURE_TAG = "7783-7084-3265-9085-8269-3286-77"
+
+
+def machine(folder: Path, **strings: str) -> Path:
+    for name, text in strings.items():
+        (folder / name).write_text(text + "\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("strings", "cloud"),
+    [
+        ({"sys_vendor": "Amazon EC2", "product_name": "g5.xlarge"}, "aws"),
+        ({"sys_vendor": "Xen", "product_version": "4.11.amazon"}, "aws"),
+        ({"sys_vendor": "Google", "product_name": "Google Compute Engine"}, "google"),
+        ({"sys_vendor": "Microsoft Corporation", "chassis_asset_tag": AZURE_TAG}, "azure"),
+        ({"sys_vendor": "Microsoft Corporation", "chassis_asset_tag": "none"}, None),  # plain Hyper-V
+        ({"sys_vendor": "QEMU"}, None),
+        ({}, None),
+    ],
+)
+def test_the_cloud_is_known_by_what_the_firmware_says(
+    tmp_path: Path, strings: dict[str, str], cloud: str | None
+) -> None:
+    assert detect_platform({}, dmi=machine(tmp_path, **strings)).cloud == cloud
+
+
+@pytest.mark.parametrize(
+    ("environment", "cloud"),
+    [
+        ({"AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:1338/"}, "aws"),
+        ({"GCE_METADATA_HOST": "127.0.0.1:80"}, "google"),
+        ({"AWS_EC2_METADATA_DISABLED": "TRUE"}, None),
+    ],
+)
+def test_the_environment_comes_before_the_firmware(
+    tmp_path: Path, environment: dict[str, str], cloud: str | None
+) -> None:
+    assert detect_platform(environment, dmi=machine(tmp_path, sys_vendor="Amazon EC2")).cloud == cloud
+
+
+def test_a_metadata_service_that_is_switched_off_is_not_asked_but_the_machine_still_has_its_grace(
+    tmp_path: Path,
+) -> None:
+    found = detect_platform({"NO_GCE_CHECK": "true"}, dmi=machine(tmp_path, product_name="Google Compute Engine"))
+    assert (found.cloud, found.grace_s) == (None, 30.0)
+
+
+@pytest.mark.parametrize(
+    ("environment", "title", "grace"),
+    [
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "Kubernetes", 30.0),
+        ({"TORCHELASTIC_RUN_ID": "x"}, "torchrun", 30.0),
+        ({"TORCHELASTIC_RUN_ID": "x", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "90"}, "torchrun", 90.0),
+        ({"SLURM_JOB_ID": "7"}, "SLURM", 30.0),
+        ({"TRAINING_JOB_NAME": "x"}, "SageMaker", 120.0),
+        ({"AWS_BATCH_JOB_ID": "x"}, "AWS Batch", 30.0),
+        ({"RUNPOD_POD_ID": "x", "KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "RunPod", 5.0),
+    ],
+)
+def test_the_shortest_grace_of_all_layers_counts(environment: dict[str, str], title: str, grace: float) -> None:
+    found = detect_platform(environment, dmi=Path("/nowhere"))
+    assert found.tightest is not None
+    assert (found.tightest.title, found.grace_s) == (title, grace)
+
+
+def test_a_pod_on_a_spot_vm_of_google_has_half_of_its_grace(tmp_path: Path) -> None:
+    dmi = machine(tmp_path, product_name="Google Compute Engine")
+    assert detect_platform({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, dmi=dmi).grace_s == 15.0
+
+
+def test_slurm_may_send_other_signals() -> None:
+    assert detect_platform({"SLURM_JOB_ID": "7"}, dmi=Path("/nowhere")).signals == ("SIGUSR1", "SIGUSR2")
+    assert detect_platform({}, dmi=Path("/nowhere")).signals == ()
+
+
+def test_one_process_of_a_node_polls() -> None:
+    for cloud in ("aws", "google", "azure"):
+        platform = Platform(cloud)  # type: ignore[arg-type]
+        assert len(auto_sources(platform, {"LOCAL_RANK": "0"})) == len(auto_sources(platform, {})) == 1
+        assert auto_sources(platform, {"LOCAL_RANK": "1"}) == ()
+    assert auto_sources(Platform(), {}) == ()
+
+
+# -- how long we have --------------------------------------------------------------------------------------------------------------
+
+
+def notice(**fields: Any) -> PreemptionNotice:
+    given = {"source": "s", "kind": "preemption", "detail": "d", "received": 1000.0, **fields}
+    return PreemptionNotice(**given)
+
+
+GCE = detect_platform({"GCE_METADATA_HOST": "x"}, dmi=Path("/nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("budget", "heard", "deadline"),
+    [
+        (Budget(GCE), notice(deadline=1120.0), (1110.0, True)),
+        (Budget(GCE), notice(grace=150.0), (1140.0, False)),
+        (Budget(GCE), notice(), (1025.0, False)),
+        (Budget(GCE, grace_s=12.0), notice(), (1010.0, True)),
+        (Budget(GCE, grace_s=12.0), notice(deadline=1120.0), (1010.0, True)),
+        (Budget(GCE, grace_s=150.0), notice(grace=30.0), (1140.0, True)),
+        (
+            Budget(GCE),
+            notice(deadline=990.0),
+            (990.0, True),
+        ),  # in the past: at once, and no reserve of less than nothing
+        (Budget(Platform()), notice(), None),
+        (Budget(GCE), notice(action="save", deadline=1120.0), None),
+        (Budget(GCE, grace_s=12.0), notice(kind="signal", detail="SIGINT"), None),  # a person, who can wait
+        (Budget(GCE, grace_s=12.0), notice(kind="request"), None),
+    ],
+)
+def test_the_deadline_is_the_notices_own_else_the_users_else_that_of_the_platform(
+    budget: Budget, heard: PreemptionNotice, deadline: tuple[float, bool] | None
+) -> None:
+    assert budget.deadline_of(heard) == deadline
+
+
+def test_the_reserve_is_a_sixth_and_at_most_ten_seconds() -> None:
+    assert [reserve_of(left) for left in (120.0, 60.0, 30.0, 0.0, -5.0)] == [10.0, 10.0, 5.0, 0.0, 0.0]
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------------------
+
+
+def options(**given: Any) -> Options:
+    return read_options(
+        "memory://platforms", **{"every": None, "keep": None, "notices": None, "exit_code": None} | given
+    )
+
+
+def test_the_sources_that_fit_are_started_and_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.delenv("SPOTGUARD_NOTICES", raising=False)
+    assert [source.name for source in options().sources] == ["aws"]
+    assert options(notices="none").sources == ()
+    assert options(notices=[]).sources == ()
+    assert [source.name for source in options(notices=["auto"]).sources] == ["aws"]
+    monkeypatch.setenv("SPOTGUARD_NOTICES", "none")
+    assert options().sources == ()
+
+
+def test_the_grace_is_a_duration_from_code_or_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert options(grace="1m30s").grace_s == 90.0
+    assert options().grace_s is None
+    monkeypatch.setenv("SPOTGUARD_GRACE", "45s")
+    assert options().grace_s == 45.0
+    monkeypatch.setenv("SPOTGUARD_GRACE", "soon")
+    with pytest.raises(ValueError, match="SPOTGUARD_GRACE='soon'"):
+        options()
+
+
+# -- the slot for notices ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_stop_comes_before_a_save_and_the_earliest_deadline_before_the_others() -> None:
+    watcher = NoticeWatcher(lambda _: None)
+    for heard in (
+        notice(source="hint", action="save", deadline=1.0),
+        notice(source="late", deadline=1120.0),
+        notice(source="early", deadline=1030.0),
+        notice(source="whenever"),
+    ):
+        watcher.emit(heard)
+    assert watcher.notice is not None
+    assert watcher.notice.source == "early"
+
+
+def test_a_notice_that_is_heard_again_is_no_news_unless_its_deadline_has_changed() -> None:
+    heard: list[PreemptionNotice] = []
+    watcher = NoticeWatcher(heard.append)
+    for deadline in (1120.0, 1120.4, 1119.8, 1060.0, 1060.0):
+        watcher.emit(notice(id="terminate", deadline=deadline))
+    assert [one.deadline for one in heard] == [1120.0, 1060.0]
+
+
+def test_what_is_withdrawn_uncovers_what_stood_behind_it() -> None:
+    watcher = NoticeWatcher(lambda _: None)
+    watcher.emit(notice(id="first", deadline=1030.0))
+    watcher.emit(notice(id="second", deadline=1120.0))
+    watcher.emit(notice(id="first", action="withdrawn"))
+    assert watcher.notice is not None
+    assert watcher.notice.id == "second"
+    watcher.emit(notice(id="second", action="withdrawn"))
+    assert watcher.notice is None
+
+
+def test_a_withdrawal_of_what_was_never_heard_is_no_news() -> None:
+    heard: list[PreemptionNotice] = []
+    NoticeWatcher(heard.append).emit(notice(id="unknown", action="withdrawn"))
+    assert heard == []
+
+
+def test_a_save_that_is_made_is_not_asked_for_again_until_it_is_withdrawn_and_comes_back() -> None:
+    watcher = NoticeWatcher(lambda _: None)
+    hint = notice(id="rebalance", action="save")
+    watcher.emit(hint)
+    watcher.settle(hint)
+    watcher.emit(hint)
+    assert watcher.notice is None
+    watcher.emit(notice(id="rebalance", action="withdrawn"))
+    watcher.emit(hint)
+    assert watcher.notice == hint
+
+
+def test_nothing_of_this_machine_is_asked_over_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("asked the network"))
+    detect_platform(dict(os.environ))
