@@ -25,6 +25,7 @@ class Settings(BaseSettings):
         exit_code: Exit status of `Preempted`; 0 would tell a scheduler that the work is done.
         notices: ``"auto"`` to ask the metadata service of the cloud we are on, ``"none"`` not to.
         grace: How long the platform leaves us after a signal or a notice that does not say it, such as ``"30s"``.
+        azure_endpoint: Another address of Azure's metadata service; those of the other clouds have variables of their own for that.
         max_failures: Failed saves in a row after which training stops with an error.
         poll_s: Seconds between looks at the ``stop`` object of the run.
         repeat_s: Seconds in which a repeated signal counts as the same one (launchers often deliver it twice).
@@ -42,6 +43,7 @@ class Settings(BaseSettings):
     exit_code: int = Field(default=143, ge=1, le=255)
     notices: Literal["auto", "none"] = "auto"
     grace: str | None = None
+    azure_endpoint: str | None = None
     max_failures: int = Field(default=3, ge=1)
     poll_s: float = Field(default=1.0, gt=0, le=86400)
     repeat_s: float = Field(default=1.0, ge=0)

@@ -43,6 +43,7 @@ def test_the_cloud_is_known_by_what_the_firmware_says(
     [
         ({"AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:1338/"}, "aws"),
         ({"GCE_METADATA_HOST": "127.0.0.1:80"}, "google"),
+        ({"SPOTGUARD_AZURE_ENDPOINT": "http://127.0.0.1:1"}, "azure"),
         ({"AWS_EC2_METADATA_DISABLED": "TRUE"}, None),
     ],
 )

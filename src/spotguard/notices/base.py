@@ -41,6 +41,17 @@ class PreemptionNotice:
     id: str = ""
     grace: float | None = None
 
+    def withdrawn(self) -> "PreemptionNotice":
+        """The notice that this one does not stand any more."""
+        return dataclasses.replace(
+            self,
+            action="withdrawn",
+            detail=f"{self.detail}: withdrawn",
+            deadline=None,
+            grace=None,
+            received=time.monotonic(),
+        )
+
 
 @runtime_checkable
 class NoticeSource(Protocol):

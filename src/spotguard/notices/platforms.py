@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from spotguard.notices.aws import AwsSource
+from spotguard.notices.azure import AzureSource
 from spotguard.notices.base import NoticeSource
+from spotguard.notices.google import GoogleSource
 
 __all__ = ["Cloud", "Layer", "Platform", "auto_sources", "detect_platform", "reserve_of"]
 
@@ -113,16 +116,10 @@ def auto_sources(platform: Platform, environment: Mapping[str, str] | None = Non
     if env.get("LOCAL_RANK", "0") not in ("", "0"):
         return ()
     if platform.cloud == "aws":
-        from spotguard.notices.aws import AwsSource
-
         return (AwsSource(),)
     if platform.cloud == "google":
-        from spotguard.notices.google import GoogleSource
-
         return (GoogleSource(),)
     if platform.cloud == "azure":
-        from spotguard.notices.azure import AzureSource
-
         return (AzureSource(),)
     return ()
 
@@ -132,6 +129,8 @@ def _cloud(env: Mapping[str, str], dmi: Path) -> Cloud | None:
         return "aws"
     if env.get("GCE_METADATA_HOST") or env.get("GCE_METADATA_ROOT"):
         return "google"
+    if env.get("SPOTGUARD_AZURE_ENDPOINT"):
+        return "azure"
     if _read(dmi / "product_name").startswith("Google"):
         return "google"
     if _read(dmi / "chassis_asset_tag") == _AZURE_TAG:
