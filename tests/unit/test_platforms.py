@@ -89,8 +89,7 @@ def test_slurm_may_send_other_signals() -> None:
 
 
 def test_one_process_of_a_node_polls() -> None:
-    for cloud in ("aws", "google", "azure"):
-        platform = Platform(cloud)  # type: ignore[arg-type]
+    for platform in (Platform("aws"), Platform("google"), Platform("azure")):
         assert len(auto_sources(platform, {"LOCAL_RANK": "0"})) == len(auto_sources(platform, {})) == 1
         assert auto_sources(platform, {"LOCAL_RANK": "1"}) == ()
     assert auto_sources(Platform(), {}) == ()

@@ -19,6 +19,7 @@ pytest.register_assert_rewrite("spotguard.testing.object_store")
 from spotguard.testing.object_store import ObjectStoreContract  # noqa: E402 - the line above must come first
 from spotguard.testing.proxy import (  # noqa: E402
     Call,
+    DropHeader,
     Fault,
     FaultProxy,
     Flip,
@@ -36,6 +37,7 @@ from spotguard.testing.proxy import (  # noqa: E402
 
 __all__ = [
     "Call",
+    "DropHeader",
     "Fault",
     "FaultProxy",
     "Flip",

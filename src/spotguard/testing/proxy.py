@@ -7,6 +7,7 @@
         ...  # a client whose endpoint is proxy.uri
 
 Bytes pass as they are, so signatures stay valid: what the client signs is the name of the proxy, which the server is told unchanged.
+Only `Flip` and `DropHeader` spoil what was signed: they show what a server does that compares no signatures.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Call",
+    "DropHeader",
     "Fault",
     "FaultProxy",
     "Flip",
@@ -117,6 +119,17 @@ class Flip:
 
 
 @dataclasses.dataclass(frozen=True)
+class DropHeader:
+    """The server never hears of a header of the request, as if it did not know it; nothing happens where there is none.
+
+    Attributes:
+        name: In any case; one that ends in ``*`` stands for all that begin so, such as ``"x-amz-checksum-*"``.
+    """
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
 class LostResponse:
     """The server does it and answers; the client's connection is closed without a word."""
 
@@ -143,7 +156,7 @@ class Call:
     when: Literal["before", "half", "after"] = "before"
 
 
-Fault = Latency | Reset | Status | Truncate | Flip | LostResponse | Stall | Call
+Fault = Latency | Reset | Status | Truncate | Flip | DropHeader | LostResponse | Stall | Call
 Plan = Callable[[Request], Fault | None]
 
 
@@ -339,7 +352,7 @@ class FaultProxy:
         if len(wires) == 1:
             wires.append(self._connect())
         upstream = wires[1]
-        upstream.send(head.raw)
+        upstream.send(_without(head.raw, fault.name) if isinstance(fault, DropHeader) else head.raw)
         whole = self._forward(client, upstream, request, head, fault, expects=expects)
         return self._answer(client, upstream, request, fault) and whole and head.goes_on
 
@@ -442,6 +455,18 @@ def _flipped(pieces: Iterator[bytes], offset: int) -> Iterator[bytes]:
         at = offset - seen
         seen += len(piece)
         yield piece[:at] + bytes([piece[at] ^ 1]) + piece[at + 1 :] if 0 <= at < len(piece) else piece
+
+
+def _without(raw: bytes, name: str) -> bytes:
+    """The head of a request, less a header."""
+    wanted = name.lower().encode("latin-1")
+
+    def fits(line: bytes) -> bool:
+        found = line.partition(b":")[0].strip().lower()
+        return found.startswith(wanted[:-1]) if wanted.endswith(b"*") else found == wanted
+
+    first, *lines = raw.split(b"\r\n")  # the last two are empty: the end of the head
+    return b"\r\n".join([first, *(line for line in lines if not line or not fits(line))])
 
 
 def _error(request: Request, fault: Status) -> bytes:
