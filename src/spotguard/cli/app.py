@@ -7,9 +7,12 @@ import typer
 
 from spotguard.checkpoint import CheckpointId
 from spotguard.checkpoint.layout import STOP
+from spotguard.cli.doctor import doctor_command
+from spotguard.cli.opening import existing_run
 from spotguard.cli.output import age, bar, fail, size, table, to_json
 from spotguard.cli.rehearse import rehearse_command
 from spotguard.cli.s3 import s3_app
+from spotguard.cli.status import status_command
 from spotguard.errors import CheckpointDamagedError, ConfigError, SpotguardError
 from spotguard.pipeline.checkpoint import Checkpoint
 from spotguard.pipeline.checkpoint_store import CheckpointStore
@@ -27,6 +30,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(s3_app)
+app.command("status")(status_command)
+app.command("doctor")(doctor_command)
 app.command("rehearse", context_settings={"allow_interspersed_args": False})(rehearse_command)
 
 Uri = Annotated[
@@ -59,7 +64,7 @@ def ls_command(
     as_json: Json = False,
 ) -> None:
     """List the checkpoints of a run, oldest first."""
-    store = _existing(uri)
+    store = existing_run(uri)
     if deleted:
         return _list_deleted(store, as_json=as_json)
     history = read_history(store.objects)
@@ -90,7 +95,7 @@ def ls_command(
 @app.command("show")
 def show_command(uri: Uri, which: Which = "latest", as_json: Json = False) -> None:
     """Show what one checkpoint consists of."""
-    checkpoint = _pick(_existing(uri), which)
+    checkpoint = _pick(existing_run(uri), which)
     manifest = checkpoint.manifest
     if as_json:
         return print(manifest.to_bytes().decode())  # noqa: T201
@@ -119,7 +124,7 @@ def verify_command(
     as_json: Json = False,
 ) -> None:
     """Read every byte and compare it with the manifest. Exit status 1 if anything is damaged."""
-    store = _existing(uri)
+    store = existing_run(uri)
     everything = [str(identity) for identity in read_history(store.objects).manifests]
     identities = everything if which == "all" else [_pick(store, which).id]
     results: list[dict[str, object]] = []
@@ -151,7 +156,7 @@ def resolve_command(
     as_json: Json = False,
 ) -> None:
     """Say which checkpoint the next start resumes from. Exit status 1 if there are checkpoints and none is usable."""
-    store = _existing(uri)
+    store = existing_run(uri)
     with bar("verifying", total=None) as advance:
         resolution = store.resolve(advance)
     chosen = resolution.checkpoint
@@ -179,7 +184,7 @@ def rollback_command(
     step: Annotated[int, typer.Option("--step", help="Resume from the checkpoint at this step.", show_default=False)],
 ) -> None:
     """Resume from an older checkpoint from now on. Nothing is deleted; a running trainer is fenced off at its next save."""
-    checkpoint = _existing(uri).rollback(step=step)
+    checkpoint = existing_run(uri).rollback(step=step)
     print(f"the next start resumes from {checkpoint.id} (step {checkpoint.step})")  # noqa: T201
 
 
@@ -188,7 +193,7 @@ def restore_command(
     uri: Uri, which: Annotated[str, typer.Argument(help="The id of a deleted checkpoint.", show_default=False)]
 ) -> None:
     """Bring back a checkpoint whose manifest was deleted, from a bucket that keeps versions. Every byte is verified first."""
-    store = _existing(uri)
+    store = existing_run(uri)
     with bar("verifying", total=None) as advance:
         checkpoint = restore_checkpoint(store.objects, CheckpointId.parse(which), advance)
     print(f"checkpoint {checkpoint.id} (step {checkpoint.step}) is back")  # noqa: T201
@@ -202,7 +207,7 @@ def prune_command(
     as_json: Json = False,
 ) -> None:
     """Delete old checkpoints and what interrupted saves left behind; never the newest checkpoint."""
-    store = _existing(uri)
+    store = existing_run(uri)
     plan = store.prune(keep, dry_run=dry_run)
     if as_json:
         fields = {
@@ -226,7 +231,7 @@ def prune_command(
 @app.command("stop")
 def stop_command(uri: Uri) -> None:
     """Ask the running trainer to save and leave at its next step boundary."""
-    store = _existing(uri)
+    store = existing_run(uri)
     write_object(store.objects, STOP, b"requested by 'spotguard stop'\n")
     print(  # noqa: T201
         f"asked {store.uri} to stop; the trainer saves and leaves at its next step boundary, and takes the request away. "
@@ -255,18 +260,6 @@ def _list_deleted(store: CheckpointStore, *, as_json: bool) -> None:
     ]
     table(f"{store.uri}, deleted", ("checkpoint", "size", "age", "note"), rows)
     return None
-
-
-def _existing(uri: str) -> CheckpointStore:
-    """Open a run that is there: a typing error must not look like an empty run."""
-    store = CheckpointStore(uri)
-    if next(iter(store.objects.list("")), None) is None:
-        fail(f"there is nothing at {store.uri}; check the URI")
-        raise typer.Exit(1)
-    if not read_history(store.objects).claims:
-        fail(f"{store.uri} is not a run of spotguard: it has no attempts/ in it")
-        raise typer.Exit(1)
-    return store
 
 
 def _pick(store: CheckpointStore, which: str) -> Checkpoint:
