@@ -58,11 +58,11 @@ class Worker:
 
     Args:
         python: Its interpreter.
-        arguments: Of `s3_clients.py`.
+        arguments: Of `s3_worker.py`.
     """
 
     def __init__(self, python: str, arguments: Sequence[str]) -> None:
-        command = [python, str(HERE / "s3_clients.py"), *arguments]
+        command = [python, str(HERE / "s3_worker.py"), *arguments]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.cases: list[dict[str, Any]] = self._answer()
 

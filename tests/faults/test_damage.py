@@ -112,20 +112,7 @@ def test_a_flipped_bit_in_the_newest_claim_is_told_and_changes_nothing_that_is_k
         path.write_bytes(before)
 
 
-@pytest.mark.parametrize("harm", ["flip", "delete"])
-@pytest.mark.parametrize("attempt", [2, 3])
-def test_a_run_whose_claims_do_not_lead_to_a_checkpoint_does_not_start_from_zero(
-    run: Path, attempt: int, harm: str
-) -> None:
-    """Attempts 3 and 4 have no checkpoint of their own: without the claims before them, the way back is lost."""
-    store = LocalObjectStore(run, fs=Unsynced())
-    for path in (run / "manifests").glob("0002-*.json"):
-        path.unlink()
-    for _ in range(2):
-        claim_attempt(store)
-    path = run / f"attempts/000{attempt}.json"
-    before = path.read_bytes()
-    path.unlink() if harm == "delete" else path.write_bytes(before[:-9])
+def assert_the_way_back_is_lost_until_it_is_put_right(store: LocalObjectStore, path: Path, before: bytes) -> None:
     with pytest.raises(NoUsableCheckpointError, match=path.name):
         resolve(store).require()
     with pytest.raises(NoUsableCheckpointError, match=path.name):
@@ -135,6 +122,48 @@ def test_a_run_whose_claims_do_not_lead_to_a_checkpoint_does_not_start_from_zero
     checkpoint = resolve(store).require()
     assert checkpoint is not None
     assert checkpoint.step == 10
+
+
+@pytest.mark.parametrize("attempt", [2, 3, 4])
+def test_a_claim_that_cannot_be_read_may_be_a_rollback_and_is_never_passed_over(run: Path, attempt: int) -> None:
+    """Attempts 2 to 4 have no checkpoint of their own."""
+    store = LocalObjectStore(run, fs=Unsynced())
+    for path in (run / "manifests").glob("0002-*.json"):
+        path.unlink()
+    for _ in range(2):
+        claim_attempt(store)
+    path = run / f"attempts/000{attempt}.json"
+    before = path.read_bytes()
+    path.write_bytes(before[:-9])
+    assert_the_way_back_is_lost_until_it_is_put_right(store, path, before)
+
+
+@pytest.mark.parametrize("harm", ["flip", "delete"])
+def test_a_rollback_whose_claim_is_lost_does_not_start_from_zero_nor_from_what_was_rolled_back(
+    run: Path, harm: str
+) -> None:
+    """Attempt 3 is a rollback, attempt 4 continues it and has no checkpoint yet."""
+    store = LocalObjectStore(run, fs=Unsynced())
+    claim_attempt(store, rollback_to=CheckpointId(1, 10))
+    claim_attempt(store)
+    path = run / "attempts/0003.json"
+    before = path.read_bytes()
+    path.unlink() if harm == "delete" else path.write_bytes(before[:-9])
+    assert_the_way_back_is_lost_until_it_is_put_right(store, path, before)
+
+
+@pytest.mark.parametrize("attempt", [2, 3, 4])
+def test_claims_of_starts_that_committed_nothing_are_not_needed_for_the_way_back(run: Path, attempt: int) -> None:
+    store = LocalObjectStore(run, fs=Unsynced())
+    for path in (run / "manifests").glob("0002-*.json"):
+        path.unlink()
+    for _ in range(2):
+        claim_attempt(store)
+    (run / f"attempts/000{attempt}.json").unlink()
+    checkpoint = resolve(store).require()
+    assert checkpoint is not None
+    assert checkpoint.step == 10
+    assert claim_attempt(store).parent_max_step == 10
 
 
 def test_a_deleted_claim_of_the_newest_attempt_is_told(run: Path) -> None:

@@ -1,6 +1,7 @@
 """Of several starts of one run, the last one counts: whatever the others do, it is never part of the history."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from faults.scenario import WHEN, end_child, fork, save, snapshot_at, write
 from spotguard.checkpoint import CheckpointId, Claim, Manifest, ShardRecord
+from spotguard.checkpoint.layout import ATTEMPTS
 from spotguard.errors import FencedError
 from spotguard.pipeline.checkpoint_store import CheckpointStore
 from spotguard.pipeline.commit import commit
@@ -32,7 +34,9 @@ def test_an_older_attempt_is_fenced_off_by_a_newer_claim(tmp_path: Path) -> None
     assert [str(item) for item in read_history(store).manifests] == ["0001-0000000010"]
 
 
-def test_a_commit_that_was_past_the_fence_when_the_claim_came_is_never_in_the_history(tmp_path: Path) -> None:
+def test_a_commit_that_was_past_the_fence_is_off_the_history_once_the_newer_attempt_has_committed(
+    tmp_path: Path,
+) -> None:
     class ClaimBeforeLink(Intercepting):
         def link(self, source: Path, target: Path) -> None:
             if target.parent.name == "manifests":
@@ -41,16 +45,68 @@ def test_a_commit_that_was_past_the_fence_when_the_claim_came_is_never_in_the_hi
 
     store = LocalObjectStore(tmp_path, fs=Unsynced())
     first = save(store, 10)
+    run_id = open_run(store).run_id
     zombie = LocalObjectStore(tmp_path, fs=ClaimBeforeLink(Unsynced()))
-    manifest, _ = commit(zombie, snapshot_at(20), run_id=open_run(store).run_id, attempt=1, previous=first.last)
+    manifest, _ = commit(zombie, snapshot_at(20), run_id=run_id, attempt=1, previous=first.last)
     assert manifest.id in read_history(store).manifests
+    write(store, run_id, 2, first.last, 15)
     resolution = resolve(store)
     assert [(item.id, item.verdict) for item in resolution.candidates] == [
-        ("0001-0000000010", "chosen"),
+        ("0002-0000000015", "chosen"),
+        ("0001-0000000010", "older"),
         ("0001-0000000020", "off lineage"),
     ]
-    save(store, 15)
-    assert [str(item) for item in read_history(store).lineage] == ["0003-0000000015", "0001-0000000010"]
+
+
+def test_what_was_committed_while_a_start_claimed_outlives_the_death_of_that_start(tmp_path: Path) -> None:
+    """It looked, step 20 was committed and step 10 swept away, it claimed to continue from step 10, and it was killed."""
+    store = LocalObjectStore(tmp_path, fs=Unsynced())
+    old = save(store, 10)
+    run_id = open_run(store).run_id
+
+    class CommitThenDie(Intercepting):
+        def link(self, source: Path, target: Path) -> None:
+            write(store, run_id, 1, old.last, 20, keep=1)
+            super().link(source, target)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        claim_attempt(LocalObjectStore(tmp_path, fs=CommitThenDie(Unsynced())))
+    assert (read_history(store).claims[2].parent_max_step, resolve(store).require().step) == (10, 20)  # type: ignore[union-attr]
+    assert (claim := claim_attempt(store)).attempt == 3
+    assert (claim.parent, claim.parent_max_step) == (1, 20)
+
+
+def test_a_rollback_is_never_passed_over_though_nothing_was_committed_after_it(tmp_path: Path) -> None:
+    store = LocalObjectStore(tmp_path, fs=Unsynced())
+    writer = save(store, 10, 20)
+
+    class RollbackBeforeLink(Intercepting):
+        def link(self, source: Path, target: Path) -> None:
+            if target.parent.name == "manifests":
+                claim_attempt(store, rollback_to=CheckpointId(1, 10))
+                claim_attempt(store)
+            super().link(source, target)
+
+    zombie = LocalObjectStore(tmp_path, fs=RollbackBeforeLink(Unsynced()))
+    commit(zombie, snapshot_at(30), run_id=open_run(store).run_id, attempt=1, previous=writer.last)
+    claim = claim_attempt(store)
+    assert (claim.attempt, claim.parent, claim.parent_max_step) == (4, 2, 10)
+    assert [str(item) for item in read_history(store).lineage] == ["0001-0000000010"]
+
+
+def test_a_start_that_claims_and_commits_while_the_claims_are_listed_is_no_damage(tmp_path: Path) -> None:
+    class SaveAfterClaims(LocalObjectStore):
+        def list(self, prefix: str) -> Iterator[ObjectInfo]:
+            found = list(super().list(prefix))
+            if prefix == ATTEMPTS:
+                save(LocalObjectStore(tmp_path, fs=Unsynced()), 20)
+            return iter(found)
+
+    save(LocalObjectStore(tmp_path, fs=Unsynced()), 10)
+    history = read_history(SaveAfterClaims(tmp_path, fs=Unsynced()))
+    assert not history.damaged
+    assert [str(item) for item in history.lineage] == ["0002-0000000020", "0001-0000000010"]
 
 
 def test_a_commit_and_a_sweep_between_the_listing_and_the_claim_are_not_lost(tmp_path: Path) -> None:
@@ -131,11 +187,11 @@ def claims_of(draw: st.DrawFn) -> dict[int, Claim]:
 def test_a_lineage_is_newest_first_within_its_bounds_and_changes_only_by_its_own_attempts(
     claims: dict[int, Claim], manifests: set[CheckpointId]
 ) -> None:
-    line = lineage(claims, manifests)
+    line = lineage(claims, manifests, max(claims, default=0))
     assert len(set(line)) == len(line)
     assert set(line) <= manifests
     assert line == sorted(line, reverse=True)
-    ancestors, attempt, bound = dict[int, float](), max(claims, default=None), float("inf")
+    ancestors, attempt, bound = {0: float("inf")}, max(claims, default=None), float("inf")
     while attempt is not None:
         ancestors[attempt] = bound
         claim = claims[attempt]
@@ -149,11 +205,11 @@ def test_a_zombies_commit_beyond_the_step_at_which_it_was_taken_over_is_never_in
     claims: dict[int, Claim], manifests: set[CheckpointId], late: CheckpointId
 ) -> None:
     newest = max(claims, default=0) + 1
-    line = lineage(claims, manifests)
+    line = lineage(claims, manifests, newest - 1)
     step = line[0].step if line else 0
     claims = {**claims, newest: Claim(attempt=newest, parent=newest - 1 or None, parent_max_step=step, created_at=WHEN)}
     if late.attempt < newest and late.step > step:
-        assert late not in lineage(claims, manifests | {late})
+        assert late not in lineage(claims, manifests | {late}, newest)
 
 
 @settings(max_examples=200)

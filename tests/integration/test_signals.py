@@ -322,3 +322,26 @@ def test_signals_to_children_of_multiprocessing_and_popen_end_them_and_are_no_no
         script.release()
         assert script.end() == (143, [])
     assert len(logged(tmp_path, "NoticeReceived")) == 1
+
+
+CHILDREN_AT_ONCE = """
+with guarded() as guard:
+    lost = 0
+    for _ in range(300):
+        if (pid := os.fork()) == 0:
+            time.sleep(5)
+            os._exit(0)
+        os.kill(pid, signal.SIGTERM)  # the child may not even have run yet
+        lost += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != -signal.SIGTERM
+        if lost:
+            break
+    say("lost", lost)
+    say("blocked", *signal.pthread_sigmask(signal.SIG_BLOCK, []))
+"""
+
+
+def test_a_signal_to_a_child_that_was_forked_a_moment_ago_is_not_lost(tmp_path: Path) -> None:
+    with Script(CHILDREN_AT_ONCE, tmp_path) as script:
+        script.wait_for("lost 0")
+        script.wait_for("blocked")
+        assert script.end()[0] == 0

@@ -80,7 +80,9 @@ class AwsSource:
         if time.monotonic() > self._expires - _RENEW_S:
             self._renew()
         answer = self._send(path)
-        if answer.status == 401 and self._token is not None:  # expired before its time: the instance was stopped in between
+        if (
+            answer.status == 401 and self._token is not None
+        ):  # expired before its time: the instance was stopped in between
             self._renew()
             answer = self._send(path)
         if answer.status == 401:

@@ -154,10 +154,26 @@ class SignalSource:
         signal.set_wakeup_fd(-1)
 
 
-def _after_fork() -> None:
+# A signal that a forked child gets before it has its previous handlers back would be recorded by ours and forgotten: the interpreter clears
+# what is pending in a new child. So it is held back until then, and comes with the action that the child has for it.
+
+
+def _before_fork() -> None:
+    numbers = {number for source in _installed for number in source._previous}  # noqa: SLF001 - this module's own
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers) if numbers else None
+
+
+def _after_fork_in_parent() -> None:
+    if (mask := getattr(_forking, "mask", None)) is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _after_fork_in_child() -> None:
     for source in list(_installed):
-        source._reset_in_child()  # noqa: SLF001 - this module's own
+        source._reset_in_child()  # noqa: SLF001
         _installed.discard(source)
+    _after_fork_in_parent()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+_forking = threading.local()
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from spotguard._time import utc_now
 from spotguard.checkpoint import CheckpointId, Claim
 from spotguard.checkpoint.layout import ATTEMPTS, MANIFESTS, claim_key, parse_claim_key, parse_manifest_key
-from spotguard.errors import CheckpointDamagedError, NoUsableCheckpointError, ObjectExistsError
+from spotguard.errors import CheckpointDamagedError, NoUsableCheckpointError, ObjectExistsError, ObjectNotFoundError
 from spotguard.pipeline.identity import open_run
 from spotguard.pipeline.objects import create_object, read_record, retried, together
 from spotguard.stores import ObjectRef, ObjectStore
@@ -52,19 +52,32 @@ class History:
         return max(self.claims, default=0)
 
     @property
+    def tip(self) -> int:
+        """The attempt whose history the next start continues: the newest that has committed anything, else the newest; 0 in a new run.
+
+        A start that has committed nothing has nothing to lose, and what it recorded about its parent may be out of date: a commit can come
+        between its last look and its claim, and it can be killed before it looks again. So the next start passes it over and looks for
+        itself. A rollback is a decision and is never passed over, nor is a claim that cannot be read, which may be one.
+        """
+        committed = {identity.attempt for identity in self.manifests}
+        told = (attempt for attempt, claim in self.claims.items() if attempt in committed or claim.reason != "start")
+        return max(told, default=self.newest_attempt)
+
+    @property
     def lineage(self) -> list[CheckpointId]:
         """Checkpoints of the history that the next start continues, newest first."""
-        return lineage(self.claims, self.manifests)
+        return lineage(self.claims, self.manifests, self.tip)
 
 
-def lineage(claims: Mapping[int, Claim], manifests: Iterable[CheckpointId]) -> list[CheckpointId]:
-    """Follow the newest claim to its parents, each bounded by the step up to which its child took it over.
+def lineage(claims: Mapping[int, Claim], manifests: Iterable[CheckpointId], tip: int) -> list[CheckpointId]:
+    """Follow a claim to its parents, each bounded by the step up to which its child took it over.
 
     Pure. A checkpoint that a zombie of an older attempt commits late lies beyond that bound and is never found.
 
     Args:
         claims: By attempt.
         manifests: Ids of all committed checkpoints.
+        tip: The attempt to begin with.
 
     Returns:
         Ids, newest first.
@@ -73,16 +86,14 @@ def lineage(claims: Mapping[int, Claim], manifests: Iterable[CheckpointId]) -> l
     for identity in manifests:
         by_attempt.setdefault(identity.attempt, []).append(identity)
     found: list[CheckpointId] = []
-    attempt: int | None = max(claims, default=None)
-    bound = float("inf")
-    while attempt is not None:
+    attempt, bound = tip, float("inf")
+    while True:
         found += sorted((item for item in by_attempt.get(attempt, []) if item.step <= bound), reverse=True)
         claim = claims.get(attempt)
         if claim is None or claim.parent is None or claim.parent >= attempt:
-            break
+            return found
         bound = min(bound, float("inf") if claim.parent_max_step is None else claim.parent_max_step)
         attempt = claim.parent
-    return found
 
 
 def read_history(store: ObjectStore, *, known: History | None = None) -> History:
@@ -102,23 +113,27 @@ def read_history(store: ObjectStore, *, known: History | None = None) -> History
             return read_record(store, key, lambda data: Claim.from_bytes(data, key=f"{store.uri}/{key}"))
         except CheckpointDamagedError as error:
             return str(error)
+        except ObjectNotFoundError:
+            return f"{store.uri}/{key} is missing, but there are checkpoints of that attempt"
+
+    def read_all(attempts: Sequence[int]) -> None:
+        for attempt, answer in zip(attempts, together(read, attempts), strict=True):
+            if isinstance(answer, Claim):
+                claims[attempt] = answer
+            else:
+                damaged[attempt] = answer
 
     found = [parse_claim_key(info.key) for info in retried(lambda: list(store.list(ATTEMPTS)))]
     listed = [attempt for attempt in found if attempt is not None]
     old = known.intact if known is not None else {}
     claims = {attempt: old[attempt] for attempt in listed if attempt in old}
     damaged: dict[int, str] = {}
-    unknown = [attempt for attempt in listed if attempt not in old]
-    for attempt, answer in zip(unknown, together(read, unknown), strict=True):
-        if isinstance(answer, Claim):
-            claims[attempt] = answer
-        else:
-            damaged[attempt] = answer
+    read_all([attempt for attempt in listed if attempt not in old])
     infos = retried(lambda: list(store.list(MANIFESTS)))
     refs = {identity: info.ref for info in infos if (identity := parse_manifest_key(info.key)) is not None}
     manifests = tuple(sorted(refs))
-    for attempt in {identity.attempt for identity in manifests} - set(claims) - set(damaged):
-        damaged[attempt] = f"{store.uri}/{claim_key(attempt)} is missing, but there are checkpoints of that attempt"
+    # Somebody has claimed and committed between the two listings, or the claim is gone.
+    read_all(sorted({identity.attempt for identity in manifests} - set(listed)))
     for claim in list(claims.values()):
         if claim.parent is not None and claim.parent not in claims:
             where = f"{store.uri}/{claim_key(claim.parent)}"
@@ -197,10 +212,9 @@ def take_attempt(
     Raises:
         NoUsableCheckpointError: Claims are damaged, and without them no checkpoint is known to be of this history.
     """
-    skip, mine = 0, dict[int, Claim]()
+    skip = 0
     while True:
-        seen = read()
-        newest, before = merge_histories(seen).newest_attempt, _without(seen, mine)
+        before = merge_histories(read())
         line = before.lineage
         if rollback_to is not None:
             parent, bound, reason = rollback_to.attempt, rollback_to.step, "rollback"
@@ -213,9 +227,9 @@ def take_attempt(
                 "Bring the claims back, 'spotguard rollback' to a whole checkpoint, or start a new run under another URI"
             )
         else:
-            parent, bound, reason = before.newest_attempt, line[0].step if line else 0, "start"
+            parent, bound, reason = before.tip, line[0].step if line else 0, "start"
         claim = Claim(
-            attempt=newest + 1 + skip,
+            attempt=before.newest_attempt + 1 + skip,
             parent=parent or None,
             parent_max_step=bound if parent else None,
             reason=reason,
@@ -227,30 +241,13 @@ def take_attempt(
             write(claim)
         except ObjectExistsError:
             # Somebody was faster, or died between taking the name and giving it content; in the latter case go on to the next number.
-            skip = skip + 1 if merge_histories(read()).newest_attempt == newest else 0
+            skip = skip + 1 if merge_histories(read()).newest_attempt == before.newest_attempt else 0
             continue
         # A process that is about to be fenced off may have committed between our listing and our claim, and swept away what we are about
-        # to resume from. From here on no commit of it can go unseen by its own sweep, so one more look is enough.
-        mine[claim.attempt] = claim
-        seen = read()
-        after = merge_histories(seen)
-        if (
-            rollback_to is None
-            and after.newest_attempt == claim.attempt
-            and _without(seen, mine).lineage[:1] != line[:1]
-        ):
+        # to resume from. From here on no commit of it can go unseen by its own sweep, so one more look is enough; and the claim just made,
+        # without a commit, is passed over by that look and by everybody else's.
+        after = merge_histories(read())
+        if rollback_to is None and after.newest_attempt == claim.attempt and after.lineage[:1] != line[:1]:
             skip = 0
             continue
         return claim, after
-
-
-def _without(histories: Sequence[History], mine: Mapping[int, Claim]) -> History:
-    """What the stores would tell had these claims never been made."""
-    return merge_histories(
-        [
-            dataclasses.replace(
-                history, claims={number: claim for number, claim in history.claims.items() if claim != mine.get(number)}
-            )
-            for history in histories
-        ]
-    )

@@ -16,7 +16,7 @@ from spotguard.checkpoint import CheckpointId, Manifest
 from spotguard.checkpoint.layout import CHECKPOINTS, EVENTS, RUN, attempt_of_key, parse_shard_key
 from spotguard.errors import CheckpointDamagedError, FormatTooNewError
 from spotguard.pipeline.checkpoint import ask_store, fetch_shard, load_manifest
-from spotguard.pipeline.history import History, read_history
+from spotguard.pipeline.history import History, lineage, read_history
 from spotguard.pipeline.objects import retried, together
 from spotguard.policies import RetentionPolicy
 from spotguard.stores import ObjectInfo, ObjectRef, ObjectStore
@@ -159,12 +159,15 @@ def sweep(
     manifests = known.read_manifests(store, history)
     line = history.lineage
     shards = retried(lambda: list(store.list(CHECKPOINTS)))
-    safe = frozenset(line[:1])  # until a newer one is committed, that is the one resumed from
+    # Until a newer one is committed, that is the one resumed from: by the next start, and by one that is under way now.
+    safe = frozenset([*line[:1], *lineage(history.claims, history.manifests, history.newest_attempt)[:1]])
     plan = plan_sweep(history, manifests, shards, policy, orphans_up_to=limit, protect=safe, now=utc_now())
     if plan.drop and line:
         try:
             _verify(store, line[0], known)
         except CheckpointDamagedError as error:
+            if not dry_run and known.look(store).newest_attempt != history.newest_attempt:
+                return SweepPlan((), (), history.manifests)  # it was not damaged, but swept by whoever has started since
             raise CheckpointDamagedError(
                 f"nothing is deleted, for the newest checkpoint is damaged: {error}. "
                 "The next start falls back to an older one and goes on from there; 'spotguard rollback' does so without a start"
