@@ -4,6 +4,8 @@ It throws away what it is sent, inside the kernel, and answers reads from one fi
 
 - An object of up to 64 KiB is kept and its CRC64NVME compared; of a larger one, and of parts, nothing is kept.
 - ``<anything>/bytes-<n>`` is always there: the first n bytes of FILE.
+- A part without a checksum, of an upload that was begun with one, is answered with that which the bytes of FILE at its place have: whoever
+  wants to be told that all has arrived has to send these.
 - ``If-None-Match: *`` holds for what is kept, versioning is on, and a list has what is kept.
 """
 
@@ -38,6 +40,15 @@ class Served:
         self.mapped = memoryview(mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ))
         self.size = path.stat().st_size
         self.kept: dict[str, bytes] = {}
+        self.lengths: dict[str, int] = {}  # of the parts of an upload that was begun with a checksum
+        self.values: dict[tuple[int, int], str] = {}
+
+    def checksum(self, begin: int, length: int) -> str:
+        """Of bytes of the file; computed once."""
+        if (begin, length) not in self.values:
+            value = crc64nvme(self.mapped[begin : begin + length])
+            self.values[begin, length] = base64.b64encode(value.to_bytes(8, "big")).decode()
+        return self.values[begin, length]
 
     def length(self, key: str) -> int | None:
         """Bytes of an object; None where it is not there."""
@@ -136,8 +147,12 @@ class Peer(threading.Thread):
         elif method == "PUT":
             self.write(key, data, headers, query)
         elif "uploads" in query:
+            upload = f"u{len(self.served.lengths) + 1}"
+            if headers.get("x-amz-checksum-algorithm") == "CRC64NVME":
+                self.served.lengths[upload] = 0
             self.xml(
-                "InitiateMultipartUploadResult", f"<Bucket>{bucket}</Bucket><Key>{key}</Key><UploadId>u1</UploadId>"
+                "InitiateMultipartUploadResult",
+                f"<Bucket>{bucket}</Bucket><Key>{key}</Key><UploadId>{upload}</UploadId>",
             )
         elif "uploadId" in query:
             self.xml("CompleteMultipartUploadResult", f"<Bucket>{bucket}</Bucket><Key>{key}</Key><ETag>{ETAG}</ETag>")
@@ -152,7 +167,13 @@ class Peer(threading.Thread):
             return
         if data and key and "partNumber" not in query:
             self.served.kept[key] = data
-        self.reply("200 OK")
+        (upload,), extra = query.get("uploadId", [""]), ""
+        if upload in self.served.lengths and not said:
+            length = int(headers["content-length"])
+            self.served.lengths[upload] = max(length, self.served.lengths[upload])
+            begin = (int(query["partNumber"][0]) - 1) * self.served.lengths[upload]
+            extra = f"x-amz-checksum-crc64nvme: {self.served.checksum(begin, length)}\r\n"
+        self.reply("200 OK", extra=extra)
 
     def read(self, key: str, headers: dict[str, str], *, head: bool) -> None:
         """An object, or a range of one."""

@@ -34,7 +34,7 @@ class Row:
 
     Attributes:
         name: Of the client, and how it was used.
-        kind: ``"limit"``, ``"ours"`` or ``"peer"``.
+        kind: ``"limit"``, ``"digest"`` (the limit with a digest on), ``"ours"`` or ``"peer"``.
         up: To the server, or from it.
         python: The interpreter that has it.
         note: Why there are no figures.
@@ -141,7 +141,7 @@ def rows_of(workers: dict[str, Worker], *, tls: bool, only: str) -> list[Row]:
         note = "" if python else f"not installed (pip install {' '.join(case['needs'])})"
         if tls and not case["tls"]:
             note = note or "takes no certificate of our own"
-        if only in case["name"] or case["kind"] == "limit":
+        if only in case["name"] or case["kind"] in ("limit", "digest"):
             rows.append(Row(case["name"], case["kind"], case["up"], python or "", note))
     return rows
 
@@ -194,9 +194,9 @@ def table_of(rows: Sequence[Row], size: int, *, up: bool) -> Table:
         table.add_column(title, justify="left" if title == "client" else "right")
     limit = limit_of(rows, up=up)
     wanted = [row for row in rows if row.up == up]
-    order = {"limit": 0, "ours": 1, "peer": 2}
+    order = {"limit": 0, "digest": 1, "ours": 2, "peer": 3}
     for row in sorted(wanted, key=lambda row: order[row.kind]):
-        style = {"limit": "dim", "ours": "bold", "peer": ""}[row.kind]
+        style = {"limit": "dim", "digest": "dim", "ours": "bold", "peer": ""}[row.kind]
         name = f"{row.name} = limit" if row is limit else row.name
         if row.note or not row.seconds:
             table.add_row(name, row.note, style=style)
@@ -219,6 +219,10 @@ def goals(rows: Sequence[Row]) -> Iterator[str]:
     for up, goal in ((True, UPLOAD_GOAL), (False, DOWNLOAD_GOAL)):
         measured = [row for row in rows if row.up == up and row.seconds and not row.note]
         peers = [row for row in measured if row.kind == "peer"]
+        bare = min(statistics.median(row.seconds) for row in measured if row.kind == "digest") / statistics.median(
+            limit_of(rows, up=up).seconds
+        )
+        yield f"{'upload' if up else 'download'}: plain HTTP with a digest on is at {bare:.2f}"
         ahead = min(peers, key=lambda row: ratios(row, rows), default=None)
         if ahead is not None:
             yield f"{'upload' if up else 'download'}: the fastest other is {ahead.name}, at {ratios(ahead, rows)[0]:.2f}"

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from awscrt.checksums import crc64nvme
+
 MIB = 1 << 20
 PART = 32 * MIB
 BUCKET, REGION = "bench", "us-east-1"
@@ -44,6 +46,12 @@ class Setting:
             path.write_bytes(self.memory[:size])
         return path
 
+    def source_end(self, size: int) -> bytes:
+        """The last MiB of the first bytes of what the server serves."""
+        with self.source.open("rb") as file:
+            file.seek(size - MIB)
+            return file.read(MIB)
+
     def digest(self, size: int) -> str:
         """Of the first bytes of what the server serves."""
         if size not in self.digests:
@@ -75,7 +83,7 @@ class Case:
 
     Attributes:
         name: What is measured.
-        kind: ``"limit"``, ``"ours"`` or ``"peer"``.
+        kind: ``"limit"``, ``"digest"`` (the limit with a digest on), ``"ours"`` or ``"peer"``.
         needs: The packages.
         make: Makes a client.
         tls: Whether it can be told to trust a certificate of our own.
@@ -98,12 +106,13 @@ class Raw:
         setting: Where.
         connections: How many.
         part: Bytes of a request.
+        digest: Compute a CRC of each part, before it is sent or when it has come.
     """
 
-    def __init__(self, setting: Setting, connections: int, part: int) -> None:
+    def __init__(self, setting: Setting, connections: int, part: int, *, digest: bool = False) -> None:
         address, context = urllib.parse.urlsplit(setting.endpoint), setting.context()
         host, port = str(address.hostname), address.port
-        self.memory, self.part = setting.memory, part
+        self.memory, self.part, self.digest = setting.memory, part, digest
         self.kept: list[http.client.HTTPConnection] = [
             http.client.HTTPSConnection(host, port, context=context)
             if context
@@ -134,6 +143,8 @@ class Raw:
         """A PUT for each part."""
 
         def put(connection: http.client.HTTPConnection, start: int, data: memoryview) -> None:
+            if self.digest:
+                crc64nvme(data)
             connection.request("PUT", f"/{BUCKET}/raw?partNumber={start}&uploadId=u1", data)
             answer = connection.getresponse()
             answer.read()
@@ -152,6 +163,8 @@ class Raw:
                 done += answer.readinto(data[done:])
             answer.read()
             assert answer.status == 206
+            if self.digest:
+                crc64nvme(data)
 
         self.all_at_once(size, get)
         return self.memory[:size]
@@ -165,21 +178,25 @@ def store_of(setting: Setting, **options: Any) -> Any:
     return stores.S3ObjectStore(f"s3://{BUCKET}/run", stores.S3Options(endpoint_url=setting.endpoint, **options))
 
 
-def ours_up(*, whole: bool, **options: Any) -> Callable[[Setting], Transfer]:
-    """Parts, each with its CRC; `whole` as a commit does it, which computes the digest for the manifest before."""
+def ours_up(**options: Any) -> Callable[[Setting], Transfer]:
+    """As a commit does it: compared with the last commit up to the first difference, then sent, with the digest for the manifest."""
 
     def make(setting: Setting) -> Transfer:
-        from spotguard.checkpoint import digest_of
+        from spotguard.checkpoint import Digest
 
         store = store_of(setting, **options)
         store.preflight()
+        last: dict[int, Digest] = {}
 
         def upload(size: int) -> None:
             data = setting.memory[:size]
-            if whole:
-                digest_of(data)
+            setting.memory[0] ^= 255  # training has gone on
+            assert size not in last or not last[size].describes(data)
+            setting.memory[0] ^= 255
+            last[size] = Digest()
             with store.create("checkpoints/model.pt") as writer:
-                writer.write(data)
+                writer.write(data, None, last[size])
+            assert str(last[size]) == setting.digest(size)
 
         return upload
 
@@ -187,15 +204,15 @@ def ours_up(*, whole: bool, **options: Any) -> Callable[[Setting], Transfer]:
 
 
 def ours_down(setting: Setting) -> Transfer:
-    from spotguard.checkpoint import digest_of
+    from spotguard.checkpoint import Digest
 
     store = store_of(setting)
 
     def download(size: int) -> memoryview:
-        data = setting.memory[:size]
+        data, digest = setting.memory[:size], Digest()
         with store.open(f"bytes-{size}") as reader:
-            reader.read_into(data, 0)
-        assert digest_of(data) == setting.digest(size)
+            reader.read_into(data, 0, None, digest)
+        assert str(digest) == setting.digest(size)
         return data
 
     return download
@@ -221,24 +238,34 @@ SHAPES = [(1, PART), (2, PART), (4, PART), (8, PART), (4, 8 * MIB), (2, 128 * MI
 
 
 def limits(*, up: bool) -> list[Case]:
-    def maker(connections: int, part: int) -> Callable[[Setting], Transfer]:
+    def maker(connections: int, part: int, *, digest: bool = False) -> Callable[[Setting], Transfer]:
         def make(setting: Setting) -> Transfer:
-            raw = Raw(setting, connections, part)
+            raw = Raw(setting, connections, part, digest=digest)
             return raw.upload if up else raw.download
 
         return make
 
     return [
-        Case(f"http.client, {connections} x {part // MIB} MiB", "limit", (), maker(connections, part))
-        for connections, part in SHAPES
+        *(
+            Case(f"http.client, {connections} x {part // MIB} MiB", "limit", (), maker(connections, part))
+            for connections, part in SHAPES
+        ),
+        *(
+            Case(
+                f"http.client, {connections} x {part // MIB} MiB, and a CRC",
+                "digest",
+                ("awscrt",),
+                maker(connections, part, digest=True),
+            )
+            for connections, part in SHAPES[1:]
+        ),
     ]
 
 
 UPLOADS = [
     *limits(up=True),
-    Case("spotguard, unsigned", "ours", ("spotguard",), ours_up(whole=False, payload_signing=False)),
-    Case("spotguard as in a commit, unsigned", "ours", ("spotguard",), ours_up(whole=True, payload_signing=False)),
-    Case("spotguard as in a commit, signed", "ours", ("spotguard",), ours_up(whole=True, payload_signing=True)),
+    Case("spotguard as in a commit, unsigned", "ours", ("spotguard",), ours_up(payload_signing=False)),
+    Case("spotguard as in a commit, signed", "ours", ("spotguard",), ours_up(payload_signing=True)),
 ]
 
 DOWNLOADS = [

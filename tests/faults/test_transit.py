@@ -48,8 +48,8 @@ class Line(MemoryObjectStore):
 class Short(_Reader):
     """Ends too early, and says the right size."""
 
-    def read_into(self, buffer, offset, /, progress=None):  # type: ignore[no-untyped-def]
-        return super().read_into(memoryview(buffer)[:-5], offset, progress)
+    def read_into(self, buffer, offset, /, progress=None, digest=None):  # type: ignore[no-untyped-def]
+        return super().read_into(memoryview(buffer)[:-5], offset, progress, digest)
 
 
 class ShortLine(Line):

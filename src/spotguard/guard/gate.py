@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
+from spotguard.checkpoint import Digest
 from spotguard.checkpoint.layout import CHECKPOINTS, MANIFESTS
 from spotguard.errors import ConfigError
 from spotguard.guard.console import say
@@ -64,12 +65,12 @@ class _GatedWriter:
     def info(self) -> ObjectInfo | None:
         return self._writer.info
 
-    def write(self, data: "Buffer", /, progress: Progress | None = None) -> int:
+    def write(self, data: "Buffer", /, progress: Progress | None = None, digest: Digest | None = None) -> int:
         view = memoryview(data).cast("B")
         half = len(view) // 2
-        done = self._writer.write(view[:half], progress)
+        done = self._writer.write(view[:half], progress, digest)
         self._gate.ask("write", key=self._key, done=done)
-        return done + self._writer.write(view[half:], progress)
+        return done + self._writer.write(view[half:], progress, digest)
 
 
 class _GatedStore:

@@ -133,9 +133,8 @@ def _read_shard(store: ObjectStore, shard: ShardRecord, tally: Tally, *, keep: b
         digest = Digest()
         for offset in range(0, shard.size, window or 1):
             piece = buffer[: min(window, shard.size - offset)]
-            if (count := reader.read_into(piece, offset, tally)) != len(piece):
+            if (count := reader.read_into(piece, offset, tally, digest)) != len(piece):
                 return buffer[:0], f"it ends before byte {offset + count + 1} while it is read"
-            digest.update(piece)
     return buffer if keep and str(digest) == shard.digest else buffer[:0], f"digest {digest}"
 
 

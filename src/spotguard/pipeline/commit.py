@@ -2,18 +2,18 @@
 
 ::
 
-    for each shard:   hash the image -> same as in the last commit? name that object again : create, write, fsync
+    for each shard:   same as in the last commit? name that object again : create, write and hash, fsync
     is a later attempt claimed? -> FencedError
     create the manifest exclusively                            <- the checkpoint exists from here on
 """
 
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 import spotguard
 from spotguard._time import utc_now
-from spotguard.checkpoint import CheckpointId, Manifest, ShardRecord, digest_of
+from spotguard.checkpoint import CheckpointId, Digest, Manifest, ShardRecord
 from spotguard.checkpoint.layout import ATTEMPTS, claim_key, parse_claim_key
 from spotguard.errors import FencedError
 from spotguard.pipeline.objects import Tally, create_object, retried
@@ -38,6 +38,7 @@ def commit(
     previous: Manifest | None = None,
     parent: CheckpointId | None = None,
     reuse: bool = True,
+    digests: MutableMapping[str, Digest] | None = None,
     metrics: Mapping[str, float] | None = None,
     deadline: float | None = None,
     progress: Progress | None = None,
@@ -53,6 +54,8 @@ def commit(
         previous: The commit before this one in the same history, in this store.
         parent: The commit before this one in the same history, where that is not `previous` but in another store.
         reuse: Name its shards again where they have not changed; not where it was found damaged.
+        digests: Of the shards that this process has written or compared last, by name; kept up to date. With them, that a shard has changed
+            is seen at the first piece that has, and the rest of it is read once, when it is sent.
         metrics: Recorded for retention and for people.
         deadline: Instant (monotonic seconds) by which it must be done.
         progress: Called with the number of bytes done, for each piece.
@@ -67,14 +70,16 @@ def commit(
     """
     identity = CheckpointId(attempt, snapshot.step, sequence)
     known = {shard.name: shard for shard in previous.shards} if previous and reuse else {}
+    digests = digests if digests is not None else {}
     shards, written = [], 0
     for image in snapshot.shards:
         check_readable(image.name, image.data)
-        digest, old = digest_of(image.data), known.get(image.name)
-        if old is not None and (old.digest, old.size) == (digest, len(image.data)):
+        old = known.get(image.name)
+        if old is not None and _is_unchanged(image, old, digests):
             shards.append(old)
         else:
-            shards.append(_write_shard(store, identity, image, digest, deadline, progress))
+            record, digests[image.name] = _write_shard(store, identity, image, deadline, progress)
+            shards.append(record)
             written += len(image.data)
     check_fence(store, attempt)
     manifest = Manifest(
@@ -118,24 +123,34 @@ def check_fence(store: ObjectStore, attempt: int) -> None:
         )
 
 
+def _is_unchanged(image: ShardImage, old: ShardRecord, digests: MutableMapping[str, Digest]) -> bool:
+    if old.size != len(image.data):
+        return False
+    seen = digests.get(image.name)
+    if seen is None or str(seen) != old.digest:
+        seen = digests[image.name] = Digest()
+        seen.update(image.data)
+        return str(seen) == old.digest
+    return seen.describes(image.data)
+
+
 def _write_shard(
-    store: ObjectStore,
-    identity: CheckpointId,
-    image: ShardImage,
-    digest: str,
-    deadline: float | None,
-    progress: Progress | None,
-) -> ShardRecord:
+    store: ObjectStore, identity: CheckpointId, image: ShardImage, deadline: float | None, progress: Progress | None
+) -> tuple[ShardRecord, Digest]:
     key, tally = identity.shard_key(image.name), Tally(progress)
 
-    def write() -> str | None:
+    def write() -> tuple[str | None, Digest]:
         tally.restart()
+        digest = Digest()
         with store.create(key, deadline=deadline) as writer:
-            writer.write(image.data, tally)
-        return writer.info.version if writer.info else None
+            writer.write(image.data, tally, digest)
+        return writer.info.version if writer.info else None, digest
 
-    version = retried(write)
-    return ShardRecord(name=image.name, key=key, size=len(image.data), digest=digest, version=version, rank=image.rank)
+    version, digest = retried(write)
+    record = ShardRecord(
+        name=image.name, key=key, size=len(image.data), digest=str(digest), version=version, rank=image.rank
+    )
+    return record, digest
 
 
 def _libraries() -> dict[str, str]:

@@ -167,7 +167,9 @@ def sweep(
             _verify(store, line[0], known)
         except CheckpointDamagedError as error:
             if not dry_run and known.look(store).newest_attempt != history.newest_attempt:
-                return SweepPlan((), (), history.manifests)  # it was not damaged, but swept by whoever has started since
+                return SweepPlan(
+                    (), (), history.manifests
+                )  # it was not damaged, but swept by whoever has started since
             raise CheckpointDamagedError(
                 f"nothing is deleted, for the newest checkpoint is damaged: {error}. "
                 "The next start falls back to an older one and goes on from there; 'spotguard rollback' does so without a start"

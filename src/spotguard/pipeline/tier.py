@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 
-from spotguard.checkpoint import CheckpointId, Manifest
+from spotguard.checkpoint import CheckpointId, Digest, Manifest
 from spotguard.errors import StoreError
 from spotguard.pipeline.sweeper import Known
 from spotguard.stores import ObjectStore
@@ -22,6 +22,7 @@ class Tier:
         error: Why it cannot be reached; None while it can.
         known: What was read of it.
         last: The newest commit of this history there, whose shards may be named again.
+        digests: Of the shards that were last written there or compared with what is there, by name.
         suspect: The last commit there was found damaged: nothing of it is named again.
         failures: Failed saves in a row.
         seconds: What the last commits took.
@@ -33,6 +34,7 @@ class Tier:
     error: StoreError | None = None
     known: Known = dataclasses.field(default_factory=Known)
     last: Manifest | None = None
+    digests: dict[str, Digest] = dataclasses.field(default_factory=dict, repr=False)
     suspect: bool = False
     failures: int = 0
     seconds: collections.deque[float] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=100))

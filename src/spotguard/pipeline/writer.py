@@ -204,6 +204,7 @@ class Writer:
             previous=tier.last,
             parent=self._parent,
             reuse=not tier.suspect,
+            digests=tier.digests,
             metrics=metrics,
             deadline=deadline,
             progress=progress,

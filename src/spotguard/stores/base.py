@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from spotguard.checkpoint import Digest
 from spotguard.errors import ConfigError, DeadlineExceededError
 
 if TYPE_CHECKING:
@@ -69,13 +70,15 @@ class ObjectWriter(Protocol):
 
     info: ObjectInfo | None
 
-    def write(self, data: "Buffer", /, progress: Progress | None = None) -> int:
+    def write(self, data: "Buffer", /, progress: Progress | None = None, digest: Digest | None = None) -> int:
         """Append all of `data`; returns its length in bytes.
 
         Args:
             data: The bytes. They must stay as they are until the block is left: a store may still be sending them, without a copy.
             progress: Called with the number of bytes that are on their way, for each piece; from any thread, also after `write` has
                 returned. A piece that has to be sent again is taken back by a negative number.
+            digest: Takes in the bytes at their places in the object, while the processor has them at hand to send them; it is complete
+                when the block is left.
         """
         ...
 
@@ -89,13 +92,16 @@ class ObjectReader(Protocol):
         """Up to `size` bytes from the current position, or all that is left."""
         ...
 
-    def read_into(self, buffer: "Buffer", offset: int, /, progress: Progress | None = None) -> int:
+    def read_into(
+        self, buffer: "Buffer", offset: int, /, progress: Progress | None = None, digest: Digest | None = None
+    ) -> int:
         """Fill `buffer` from `offset` on; returns how many bytes there were. Leaves the position alone.
 
         Args:
             buffer: Where they go. A store with a network in between fills a large one over several connections at once.
             offset: First byte of the object to read.
             progress: Called with the number of bytes that have come, for each piece, from any thread.
+            digest: Takes in the bytes at their places in the object, as they come and while the processor has them at hand.
         """
         ...
 

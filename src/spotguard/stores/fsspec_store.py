@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from spotguard._retry import draw_apart
+from spotguard.checkpoint import Digest
 from spotguard.errors import (
     ConfigError,
     DeadlineExceededError,
@@ -72,9 +73,11 @@ class _Writer:
         self.body = Body()
         self.info: ObjectInfo | None = None
 
-    def write(self, data: "Buffer", /, progress: Progress | None = None) -> int:
+    def write(self, data: "Buffer", /, progress: Progress | None = None, digest: Digest | None = None) -> int:
         check_deadline(self._deadline, self._key)
         view = memoryview(data).cast("B")
+        if digest is not None:
+            digest.update(view, self.body.size)
         self.body.append(view, progress)
         return len(view)
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from spotguard.checkpoint import Digest
 from spotguard.errors import (
     ObjectExistsError,
     ObjectNotFoundError,
@@ -54,13 +55,15 @@ class _Writer:
         self.size = 0
         self.info: ObjectInfo | None = None
 
-    def write(self, data: "Buffer", /, progress: Progress | None = None) -> int:
+    def write(self, data: "Buffer", /, progress: Progress | None = None, digest: Digest | None = None) -> int:
         view = memoryview(data).cast("B")
         done = 0
         with _translated(self._path):
             while done < len(view):
                 check_deadline(self._deadline, self._key)
                 count = self._fs.write(self._descriptor, view[done : done + _CHUNK])
+                if digest is not None:
+                    digest.update(view[done : done + count], self.size + done)
                 done += count
                 if progress is not None:
                     progress(count)
@@ -73,12 +76,16 @@ class _Reader(io.FileIO):
         super().__init__(path, "rb")
         self.size = os.fstat(self.fileno()).st_size
 
-    def read_into(self, buffer: "Buffer", offset: int, /, progress: Progress | None = None) -> int:
+    def read_into(
+        self, buffer: "Buffer", offset: int, /, progress: Progress | None = None, digest: Digest | None = None
+    ) -> int:
         view, done = memoryview(buffer).cast("B"), 0
         while done < len(view):
             count = os.preadv(self.fileno(), [view[done : done + _CHUNK]], offset + done)
             if count == 0:
                 break
+            if digest is not None:
+                digest.update(view[done : done + count], offset + done)
             done += count
             if progress is not None:
                 progress(count)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from spotguard.checkpoint import Digest
 from spotguard.errors import ObjectExistsError, ObjectNotFoundError
 from spotguard.stores.base import (
     ObjectInfo,
@@ -30,9 +31,11 @@ class _Writer:
         self.data = bytearray()
         self.info: ObjectInfo | None = None
 
-    def write(self, data: "Buffer", /, progress: Progress | None = None) -> int:
+    def write(self, data: "Buffer", /, progress: Progress | None = None, digest: Digest | None = None) -> int:
         check_deadline(self.deadline, self.key)
         view = memoryview(data).cast("B")
+        if digest is not None:
+            digest.update(view, len(self.data))
         self.data += view
         if progress is not None:
             progress(len(view))
@@ -44,10 +47,14 @@ class _Reader(io.BytesIO):
         super().__init__(data)
         self.size = len(data)
 
-    def read_into(self, buffer: "Buffer", offset: int, /, progress: Progress | None = None) -> int:
+    def read_into(
+        self, buffer: "Buffer", offset: int, /, progress: Progress | None = None, digest: Digest | None = None
+    ) -> int:
         target = memoryview(buffer).cast("B")
         piece = self.getbuffer()[offset : offset + len(target)]
         target[: len(piece)] = piece
+        if digest is not None:
+            digest.update(piece, offset)
         if progress is not None:
             progress(len(piece))
         return len(piece)

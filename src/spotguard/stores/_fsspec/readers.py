@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from spotguard.checkpoint import Digest
 from spotguard.stores.base import Progress
 
 if TYPE_CHECKING:
@@ -22,10 +23,14 @@ class SmallReader(io.BytesIO):
         super().__init__(data)
         self.size = len(data)
 
-    def read_into(self, buffer: "Buffer", offset: int, /, progress: Progress | None = None) -> int:
+    def read_into(
+        self, buffer: "Buffer", offset: int, /, progress: Progress | None = None, digest: Digest | None = None
+    ) -> int:
         target = memoryview(buffer).cast("B")
         piece = self.getbuffer()[offset : offset + len(target)]
         target[: len(piece)] = piece
+        if digest is not None:
+            digest.update(piece, offset)
         if progress is not None:
             progress(len(piece))
         return len(piece)
@@ -44,13 +49,17 @@ class LargeReader:
         self._position += self.read_into(data, self._position)
         return bytes(data)
 
-    def read_into(self, buffer: "Buffer", offset: int, /, progress: Progress | None = None) -> int:
+    def read_into(
+        self, buffer: "Buffer", offset: int, /, progress: Progress | None = None, digest: Digest | None = None
+    ) -> int:
         view = memoryview(buffer).cast("B")
         view = view[: max(0, self.size - offset)]
 
         def piece(start: int) -> None:
             part = view[start : start + _PIECE]
             part[:] = self._fetch(offset + start, offset + start + len(part))
+            if digest is not None:
+                digest.update(part, offset + start)
             if progress is not None:
                 progress(len(part))
 

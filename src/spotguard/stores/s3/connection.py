@@ -37,11 +37,15 @@ class Connection:
         address: The bucket and the prefix.
         options: How.
         session: A session of boto3, where the usual chain is not what is wanted.
+
+    Attributes:
+        wants_part_checksums: The server wants the checksum of a part before its bytes, or does not say what it has computed itself.
     """
 
     def __init__(self, address: S3Address, options: S3Options, session: Any = None) -> None:
         self.address, self.options, self._session = address, options, session
         self._client: tuple[int, Any] | None = None
+        self.wants_part_checksums = False
 
     @property
     def client(self) -> Any:
@@ -64,6 +68,7 @@ class Connection:
         tries: int = _TRIES,
         recover: Callable[[], Answer | None] | None = None,
         check: Callable[[], None] | None = None,
+        confirm: Callable[[Answer], None] | None = None,
         **params: Any,
     ) -> Answer:
         """Make a request, and again while it fails for now, with full jitter.
@@ -76,6 +81,7 @@ class Connection:
             recover: Asked when the answer to an earlier try was lost and this one is told that the object is there, or the upload gone:
                 returns what that earlier try has done, or None if it was somebody else.
             check: Called before each try; what it raises ends it.
+            confirm: Called with the answer; a `TransientStoreError` of it has the request tried again.
             params: Of the request.
 
         Raises:
@@ -90,14 +96,17 @@ class Connection:
             if check is not None:
                 check()
             try:
-                return self._once(operation, where, params)
+                answer = self._once(operation, where, params)
+                if confirm is not None:
+                    confirm(answer)
             except (ObjectExistsError, ObjectNotFoundError):
-                if lost and recover is not None and (answer := recover()) is not None:
-                    return answer
+                if lost and recover is not None and (done := recover()) is not None:
+                    return done
                 raise
             except TransientStoreError:
                 lost = True
                 raise
+            return answer
 
         return self.retried(once, where, deadline=deadline, tries=tries)
 

@@ -15,7 +15,7 @@ from spotguard.errors import (
     TransientStoreError,
 )
 
-__all__ = ["AccessDeniedError", "NotOfferedError", "code_of", "permission", "translate"]
+__all__ = ["AccessDeniedError", "ArrivedDamagedError", "NotOfferedError", "code_of", "permission", "translate"]
 
 
 class AccessDeniedError(StoreAccessError):
@@ -26,6 +26,10 @@ class AccessDeniedError(StoreAccessError):
     """
 
     permission = ""
+
+
+class ArrivedDamagedError(StoreError):
+    """The parts of an upload do not make the object whose checksum we have told: to ask again would not change that."""
 
 
 class NotOfferedError(StoreError):
@@ -138,6 +142,8 @@ def _from_server(error: Any, operation: str, where: str, params: dict[str, Any])
         return StoreAccessError(
             f"{where}: the bucket does not exist; check its name and the region, or make it: aws s3 mb s3://{params.get('Bucket')}"
         )
+    if code in ("BadDigest", "XAmzContentChecksumMismatch") and operation == "complete_multipart_upload":
+        return ArrivedDamagedError(f"{where}: {said}")
     if code in _BUSY or code in _BROKEN_ON_THE_WAY or status in (429, 500, 502, 503, 504):
         return TransientStoreError(f"{where}: {said}")
     if code in _EXPIRED:

@@ -4,11 +4,13 @@ import contextlib
 import http.client
 from typing import TYPE_CHECKING, Any
 
+from spotguard.checkpoint import Digest
 from spotguard.errors import ObjectExistsError, StoreError, TransientStoreError
 from spotguard.stores.base import Progress
 from spotguard.stores.s3.connection import Answer, Connection
 from spotguard.stores.s3.errors import NotOfferedError
 from spotguard.stores.s3.lanes import Lanes
+from spotguard.stores.s3.stride import Stride
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["S3Reader"]
 
 _HEAD = 1 << 20  # read when the object is opened: most of ours are smaller
-_STRIDE = 1 << 20  # between two reports of progress
 
 
 class S3Reader:
@@ -56,12 +57,16 @@ class S3Reader:
         self._position += self.read_into(data, self._position)
         return bytes(data)
 
-    def read_into(self, buffer: "Buffer", offset: int, /, progress: Progress | None = None) -> int:
+    def read_into(
+        self, buffer: "Buffer", offset: int, /, progress: Progress | None = None, digest: Digest | None = None
+    ) -> int:
         """See `ObjectReader.read_into`."""
         view = memoryview(buffer).cast("B")[: max(0, self.size - offset)]
         done = min(len(view), max(0, len(self._first) - offset))
         if done:
             view[:done] = self._first[offset : offset + done]
+            if digest is not None:
+                digest.update(view[:done], offset)
             if progress is not None:
                 progress(done)
         options = self._connection.options
@@ -72,7 +77,7 @@ class S3Reader:
         try:
             for start in range(done, len(view), step or 1):
                 piece = view[start : start + step]
-                lanes.run(lambda piece=piece, start=start: self._fill(piece, offset + start, progress, lanes))  # type: ignore[misc]
+                lanes.run(lambda piece=piece, start=start: self._fill(piece, offset + start, progress, lanes, digest))  # type: ignore[misc]
             lanes.join()
         except BaseException:
             lanes.cancel()
@@ -90,19 +95,25 @@ class S3Reader:
     ) -> None:
         self.close()
 
-    def _fill(self, view: memoryview, offset: int, progress: Progress | None, lanes: Lanes) -> None:
+    def _fill(
+        self, view: memoryview, offset: int, progress: Progress | None, lanes: Lanes, digest: Digest | None
+    ) -> None:
         done = 0
         while done < len(view):
             lanes.check()
-            done += self._some(view[done:], offset + done, progress)
+            done += self._some(view[done:], offset + done, progress, digest)
 
-    def _some(self, view: memoryview, offset: int, progress: Progress | None = None) -> int:
+    def _some(
+        self, view: memoryview, offset: int, progress: Progress | None = None, digest: Digest | None = None
+    ) -> int:
         """Read on from where the last request was cut off; retried as long as nothing comes."""
         return int(
-            self._connection.retried(lambda: self._once(view, offset, progress), self._connection.uri(self._key))
+            self._connection.retried(
+                lambda: self._once(view, offset, progress, digest), self._connection.uri(self._key)
+            )
         )
 
-    def _once(self, view: memoryview, offset: int, progress: Progress | None = None) -> int:
+    def _once(self, view: memoryview, offset: int, progress: Progress | None, digest: Digest | None) -> int:
         """One request; returns how many bytes came, which are fewer than asked for at the end, or where the connection broke."""
         from botocore.exceptions import BotoCoreError
 
@@ -118,7 +129,7 @@ class S3Reader:
         expected = min(len(view), self.size - offset)
         body = answer["Body"]
         try:
-            done = _drain(body, view[:expected], progress)
+            done = _drain(body, view[:expected], offset, progress, digest)
         except (OSError, http.client.HTTPException, BotoCoreError) as error:  # before anything had come
             body.close()
             raise TransientStoreError(f"{where}: the connection broke at byte {offset}: {error}") from error
@@ -148,16 +159,16 @@ class S3Reader:
             raise StoreError(f"{where} had {self.size} bytes and now has {size}")
 
 
-def _drain(body: Any, view: memoryview, progress: Progress | None) -> int:
+def _drain(body: Any, view: memoryview, offset: int, progress: Progress | None, digest: Digest | None) -> int:
     """Read a response into memory; returns how much came before it ended.
 
     The way past two layers of copying is not documented; where it looks different one day, the documented one is taken.
     """
-    done = 0
+    done, size = 0, Stride()
     raw = getattr(body, "_raw_stream", None)
     source = getattr(getattr(raw, "_fp", None), "readinto", None)
     while done < len(view):
-        stride = view[done : done + _STRIDE]
+        stride = view[done : done + size.next()]
         try:
             if source is not None:
                 count = source(stride)
@@ -171,6 +182,8 @@ def _drain(body: Any, view: memoryview, progress: Progress | None) -> int:
             raise
         if not count:
             return done
+        if digest is not None:
+            digest.update(stride[:count], offset + done)
         done += count
         if progress is not None:
             progress(count)

@@ -4,12 +4,15 @@ import base64
 import contextlib
 import secrets
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from spotguard.errors import ObjectNotFoundError, SpotguardError, StoreError
+from spotguard.checkpoint import Digest
+from spotguard.errors import ObjectNotFoundError, SpotguardError, StoreError, TransientStoreError
 from spotguard.stores.base import ObjectInfo, Progress, check_deadline
 from spotguard.stores.s3.body import Body, Piece
 from spotguard.stores.s3.connection import Answer, Connection
+from spotguard.stores.s3.errors import ArrivedDamagedError
 from spotguard.stores.s3.lanes import Lanes
 from spotguard.stores.s3.preflight import Capabilities, encode_crc
 
@@ -47,7 +50,7 @@ class S3Writer:
         self._size = self._held = 0  # bytes in all, and those not yet given to a part
         self._part_size = connection.options.part_size
         self._upload: str | None = None
-        self._parts: dict[int, tuple[Answer, int, int]] = {}  # answer, length and CRC by number
+        self._parts: dict[int, tuple[dict[str, Any], int, int]] = {}  # as the end names them, with length and CRC
         self._numbers = 0
         self._lock = threading.Lock()
 
@@ -56,13 +59,14 @@ class S3Writer:
         """Whether it is a multipart upload."""
         return self._upload is not None
 
-    def write(self, data: "Buffer", /, progress: Progress | None = None) -> int:
+    def write(self, data: "Buffer", /, progress: Progress | None = None, digest: Digest | None = None) -> int:
         """See `ObjectWriter.write`. Blocks while as many parts are on their way as there are connections."""
         check_deadline(self._deadline, self._key)
         view = memoryview(data).cast("B")
         self._fit_parts(len(view))
         if view.nbytes:
-            self._waiting.append(Piece(view if view.nbytes >= _SMALL else memoryview(bytes(view)), progress))
+            held = view if view.nbytes >= _SMALL else memoryview(bytes(view))
+            self._waiting.append(Piece(held, progress, digest, self._size))
         self._held += view.nbytes
         self._size += view.nbytes
         while self._held > self._part_size:
@@ -112,11 +116,11 @@ class S3Writer:
         pieces: list[Piece] = []
         self._held -= size
         while size:
-            data, progress = self._waiting.pop(0)
-            pieces.append(Piece(data[:size], progress))
-            if len(data) > size:
-                self._waiting.insert(0, Piece(data[size:], progress))
-            size -= len(pieces[-1].data)
+            piece, rest = self._waiting.pop(0).cut(size)
+            pieces.append(piece)
+            if len(rest.data):
+                self._waiting.insert(0, rest)
+            size -= len(piece.data)
         return pieces
 
     def _start_part(self, size: int) -> None:
@@ -125,56 +129,83 @@ class S3Writer:
         pieces = self._take(size)
         self._numbers += 1
         number = self._numbers
-        self._lanes.run(lambda: self._send(number, pieces, size))
+        self._lanes.run(lambda: self._send(number, pieces))
 
-    def _send(self, number: int, pieces: list[Piece], size: int) -> None:
-        value = self._crc(pieces)
-        answer = self._connection.call(
+    def _send(self, number: int, pieces: list[Piece]) -> None:
+        """Send a part, and see to it that the server has got these bytes.
+
+        In an upload with a checksum over the whole object parts need none, and the server answers each with the one that it has computed:
+        https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity-upload.html. Then the bytes are hashed while they
+        are sent. A server that does not answer with it, or asks for a checksum with each part, gets one before the bytes.
+        """
+        body = Body(pieces, check=self._lanes.check, hashes=self._able.checksum == "crc64nvme")
+        told = self._able.checksum == "crc64nvme" and not self._connection.wants_part_checksums
+
+        def confirm(answer: Answer) -> None:
+            found = answer.get("ChecksumCRC64NVME")
+            if found is None:
+                self._connection.wants_part_checksums = True  # the end of the upload will tell of this part
+            elif found != encode_crc(body.crc):
+                raise TransientStoreError(f"{self._connection.uri(self._key)}: part {number} has arrived damaged")
+
+        checksum = {} if told else self._checksum_of(body)
+        try:
+            answer = self._upload_part(number, body, checksum, confirm if told else None)
+        except StoreError as error:
+            if not told or "checksum" not in str(error).lower() or isinstance(error, TransientStoreError):
+                raise
+            self._connection.wants_part_checksums = True
+            checksum = self._checksum_of(body)
+            answer = self._upload_part(number, body, checksum, None)
+        if told and "ChecksumCRC64NVME" in answer:
+            checksum = {"ChecksumCRC64NVME": answer["ChecksumCRC64NVME"]}
+        body.tell_digests()
+        with self._lock:
+            part = {"PartNumber": number, "ETag": answer["ETag"], **checksum}
+            self._parts[number] = part, body.size, body.crc if self._able.checksum == "crc64nvme" else 0
+
+    def _upload_part(
+        self, number: int, body: Body, checksum: dict[str, Any], confirm: Callable[[Answer], None] | None
+    ) -> Answer:
+        return self._connection.call(
             "upload_part",
             self._key,
             deadline=self._deadline,
             check=self._lanes.check,
+            confirm=confirm,
             UploadId=self._upload,
             PartNumber=number,
-            Body=Body(pieces, check=self._lanes.check),
-            ContentLength=size,
-            **self._checksum(value),
+            Body=body,
+            ContentLength=body.size,
+            **checksum,
             **self._connection.options.get_params,
         )
-        with self._lock:
-            self._parts[number] = answer, size, value
 
-    def _checksum(self, value: int) -> dict[str, Any]:
-        if self._able.checksum is None:
-            return {}
-        return (
-            {"ChecksumCRC64NVME": encode_crc(value)}
-            if self._able.checksum == "crc64nvme"
-            else {"ChecksumCRC32C": encode_crc(value, 32)}
-        )
-
-    def _crc(self, pieces: list[Piece]) -> int:
-        from awscrt.checksums import crc32c, crc64nvme
-
-        function, value = crc64nvme if self._able.checksum == "crc64nvme" else crc32c, 0
-        for piece in pieces if self._able.checksum else []:
-            value = function(piece.data, value)
-        return value
+    def _checksum_of(self, body: Body) -> dict[str, Any]:
+        """The checksum that is told before the bytes."""
+        if self._able.checksum == "crc64nvme":
+            return {"ChecksumCRC64NVME": encode_crc(body.hash())}
+        if self._able.checksum == "crc32c":
+            return {"ChecksumCRC32C": encode_crc(body.crc32c(), 32)}
+        return {}
 
     def _put(self, pieces: list[Piece]) -> Answer:
-        return self._connection.call(
+        body = Body(pieces, check=self._lanes.check)
+        answer = self._connection.call(
             "put_object",
             self._key,
             deadline=self._deadline,
             check=self._lanes.check,
             recover=self._ours,
-            Body=Body(pieces, check=self._lanes.check),
+            Body=body,
             ContentLength=self._size,
             Metadata={_WRITER: self._mine},
             **self._condition,
-            **self._checksum(self._crc(pieces)),
+            **self._checksum_of(body),
             **self._connection.options.put_params,
         )
+        body.tell_digests()
+        return answer
 
     def _create(self) -> str:
         params: dict[str, Any] = {}
@@ -196,9 +227,9 @@ class S3Writer:
     def _complete(self) -> Answer:
         from awscrt.checksums import combine_crc64nvme
 
-        parts, params, whole = [], dict[str, Any](), 0
-        for number, (answer, size, value) in sorted(self._parts.items()):
-            parts.append({"PartNumber": number, "ETag": answer["ETag"], **self._checksum(value)})
+        parts, params, whole = list[dict[str, Any]](), dict[str, Any](), 0
+        for _, (part, size, value) in sorted(self._parts.items()):
+            parts.append(part)
             whole = combine_crc64nvme(whole, value, size)
         if self._able.checksum == "crc64nvme":
             params = {
@@ -221,6 +252,10 @@ class S3Writer:
                 **self._condition,
                 **params,
             )
+        except (
+            ArrivedDamagedError
+        ) as error:  # a part was damaged on the way, and the server did not say which: all over again
+            raise TransientStoreError(f"{error}; the upload has to be repeated as a whole") from error
         except ObjectNotFoundError as error:
             raise StoreError(
                 f"{self._connection.uri(self._key)}: the upload was aborted by somebody else: a lifecycle rule, or a later attempt"
