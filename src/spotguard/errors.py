@@ -87,7 +87,7 @@ class StoreAccessError(StoreError, PermissionError):
 
 
 class DeadlineExceededError(StoreError, TimeoutError):
-    """The deadline passed before the object was whole. Nothing of it is visible."""
+    """The deadline passed before the object was known to be whole. What a server was doing at that moment it may still bring to its end."""
 
 
 class CheckpointError(SpotguardError):

@@ -59,9 +59,8 @@ def resumed_from(job: Job) -> tuple[int, str]:
 def test_each_tier_is_a_whole_run_by_itself(tmp_path: Path) -> None:
     job = save([fast(tmp_path), eu(tmp_path), us(tmp_path)], 10, 20, 30)
     save([fast(tmp_path), eu(tmp_path), us(tmp_path)], 40)
-    assert [event.tier for event in job.told(CheckpointCommitted)] == [  # type: ignore[attr-defined]
-        str(tmp_path / name) for _ in range(3) for name in ("fast", "eu", "us")
-    ]
+    told = sorted((event.step, event.tier) for event in job.told(CheckpointCommitted))  # type: ignore[attr-defined]
+    assert told == [(step, str(tmp_path / name)) for step in (10, 20, 30) for name in ("eu", "fast", "us")]
     files = [(tmp_path / name / "run.json").read_bytes() for name in ("fast", "eu", "us")]
     assert len(set(files)) == 1
     for name in ("fast", "eu", "us"):
@@ -455,7 +454,7 @@ def test_death_at_any_system_call_of_a_save_to_two_tiers_leaves_the_old_or_the_n
             assert [check_resolves(root / name, [60]) for name in ("fast", "eu")] == [60, 60]
         job.writer.close()
         seen.add(tuple(alone))
-    assert seen == {(30, 30), (50, 30), (50, 50)}
+    assert {(30, 30), (50, 50)} < seen  # and one before the other: the tiers do not wait for each other
 
 
 def test_death_at_any_system_call_of_the_first_start_of_two_tiers_leaves_one_identity(tmp_path: Path) -> None:

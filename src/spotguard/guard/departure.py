@@ -66,7 +66,8 @@ class Departure:
         plan = plan_final_save(left, self._times(), window=notice.kind == "preemption", saved=self._saved_first)
         if plan.save_first and not self._writer.busy:
             say(f"{notice.detail}: saving step {place.step}, then training on for about {format_seconds(plan.train_s)}")
-            self._saver.snapshot(place, deadline=deadline.at if deadline is not None and deadline.firm else None)
+            firm = deadline.at if deadline is not None and deadline.firm else None
+            self._saver.snapshot(place, deadline=firm, urgent=True)
             self._saved_first = True
         if not plan.train_s:
             self._publish(FinalSavePlanned(step=place.step, choice=plan.choice.value, reason=plan.reason, left_s=left))
@@ -86,7 +87,7 @@ class Departure:
             tiers: Literal["all", "fastest"] = "all" if choice is FinalSave.FRESH else "fastest"
             in_time = self._saver.save_and_wait("saving before the stop", place, tiers=tiers, deadline=firm)
         else:
-            in_time = choice is FinalSave.NONE or self._writer.drain(_left(firm))
+            in_time = choice is FinalSave.NONE or self._writer.drain(_left(firm), upkeep=False)
         if not in_time:
             self.reason = "the last save was not done by the deadline"
             say(self.reason)

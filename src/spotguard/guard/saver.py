@@ -118,7 +118,7 @@ class Saver:
     def attend(self, place: Place) -> None:
         """Save if that was asked for, or is due and nothing is in flight."""
         if self.requested is not None:
-            self._writer.drain()
+            self._writer.drain(upkeep=False)
             self.snapshot(place)
         elif self.is_due(place):
             if self._writer.busy:
@@ -159,6 +159,7 @@ class Saver:
         Returns:
             Whether that was done, well or badly, by the deadline (monotonic seconds), where there is one.
         """
+        self._writer.hurry()
         if not self._drain(deadline):
             return False
         if self._saved_at == place.boundary and self._writer.error is None and not finished:
@@ -167,7 +168,9 @@ class Saver:
         for _ in range(2):
             self.requested = metrics
             with Meter(title) as meter:
-                self.snapshot(place, finished=finished, progress=meter.advance, tiers=tiers, deadline=deadline)
+                self.snapshot(
+                    place, finished=finished, progress=meter.advance, tiers=tiers, deadline=deadline, urgent=True
+                )
                 if not self._drain(deadline):
                     return False
             if self._writer.error is None or self._writer.fenced is not None:
@@ -185,13 +188,14 @@ class Saver:
             failed = self._writer.error is not None and self._writer.fenced is None
             if self._writer.busy or self._snapshot is None or (self.held is None and not failed):
                 return self._writer.busy
-            self._writer.submit(self._snapshot, self.requested or {})
+            self._writer.submit(self._snapshot, self.requested or {}, urgent=True)
             return True
         finally:
             self._lock.release()
 
     def _drain(self, deadline: float | None) -> bool:
-        return self._writer.drain(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        return self._writer.drain(left, upkeep=deadline is None)
 
     def save_finished(self, place: Place) -> None:
         """Commit the end of the run.
@@ -217,16 +221,17 @@ class Saver:
         progress: Callable[[int], None] | None = None,
         tiers: Literal["all", "fastest"] = "all",
         deadline: float | None = None,
+        urgent: bool = False,
     ) -> None:
         """Copy the state into the kept buffers, hand them to the writer, and let the loop go on."""
         began = time.monotonic()
         with self._lock:
-            self._writer.drain()  # of what another thread has committed meanwhile
+            self._writer.drain(upkeep=False)  # of what another thread has committed meanwhile
             metrics, self.requested = self.requested or {}, None
             if self.held is None or self.held.boundary != place.boundary or self._snapshot is None or finished:
                 self._snapshot = self._capture(place, finished=finished)
             snapshot = self._snapshot
-            self._writer.submit(snapshot, metrics, progress, tiers=tiers, deadline=deadline)
+            self._writer.submit(snapshot, metrics, progress, tiers=tiers, deadline=deadline, urgent=urgent)
         self._stall_s, self._saved_at = time.monotonic() - began, place.boundary
         self._stalls.append(self._stall_s)
         self._publish(SaveStarted(step=place.step, size=snapshot.size, stall_s=self._stall_s))

@@ -24,7 +24,14 @@ from typing import Any, Literal, NamedTuple, NoReturn
 from spotguard._time import format_seconds
 from spotguard.checkpoint import Manifest
 from spotguard.checkpoint.layout import STOP
-from spotguard.errors import ConfigError, InexactResumeWarning, Preempted, SaveError, StoreAccessError
+from spotguard.errors import (
+    ConfigError,
+    DeadlineExceededError,
+    InexactResumeWarning,
+    Preempted,
+    SaveError,
+    StoreAccessError,
+)
 from spotguard.events import (
     AttemptClaimed,
     CandidateRejected,
@@ -51,6 +58,7 @@ from spotguard.guard.options import Options
 from spotguard.guard.saver import Place, Saver
 from spotguard.notices import NoticeWatcher, PollingSource, PreemptionNotice, SignalSource
 from spotguard.pipeline.checkpoint import Checkpoint
+from spotguard.pipeline.objects import outcomes
 from spotguard.pipeline.tiers import Tiers
 from spotguard.pipeline.writer import Writer
 from spotguard.policies import FinalPlan, as_save_policy
@@ -62,6 +70,7 @@ __all__ = ["Loaded", "Session"]
 
 logger = logging.getLogger(__name__)
 
+_REQUEST_S = 5.0  # patience for the removal of a request to stop
 _PATIENCE = 300.0  # seconds that an exception in the loop is held back for a snapshot that is being written
 _open_runs: set[str] = set()
 
@@ -330,18 +339,18 @@ class Session:
         self._departure.execute(plan, notice, place)
         if self.writer.fenced is not None:
             raise self.writer.fenced  # to be started again would take the run away from whoever has it now
-        if self.writer.error is not None:
+        if self.writer.error is not None and not isinstance(self.writer.error, DeadlineExceededError):
             say(f"the final save failed: {self.writer.error}")
         self.leave(notice, began)
 
     def leave(self, notice: PreemptionNotice, began: float) -> NoReturn:
         """End this attempt with what is committed."""
-        if self.writer is not None and self.writer.error is None:
-            self._take_request_away()
         last, step = self.checkpoint, (self._saver.held or self._place()).step
         identity, seconds, code = last.id if last else None, time.monotonic() - began, self._options.exit_code
         self._leaving = True
         self._record("preempted", step, notice=notice.detail)
+        if self.writer is not None and self.writer.error is None:
+            self._take_request_away()
         self.publish(Stopped(checkpoint=identity, step=step, reason=notice.detail, seconds=seconds))
         if self._gate is not None:
             self._gate.ask("stopped", step=step, checkpoint=identity, seconds=seconds, code=code)
@@ -361,10 +370,10 @@ class Session:
         place = self._place()
         if save:
             self._saver.save_finished(place)
-        self._take_request_away()
         last = self.checkpoint
         self.publish(RunFinished(checkpoint=last.id if last else None, step=place.step))
         self._record("finished", place.step)
+        self._take_request_away()
         say(f"finished at step {place.step}" + (f", checkpoint {last.id}" if last else ""))
         if self._gate is not None:
             self._gate.ask("finished", step=place.step, checkpoint=last.id if last else None)
@@ -451,8 +460,9 @@ class Session:
         detail: str = "",
     ) -> None:
         last, reason = self.checkpoint, self._departure.reason if self._departure is not None else ""
-        if self.writer is not None and self.writer.error is not None:
-            reason = f"the final save failed: {self.writer.error}"
+        error = self.writer.error if self.writer is not None else None
+        if error is not None and not (reason and isinstance(error, DeadlineExceededError)):
+            reason = f"the final save failed: {error}"
         write_exit_record(
             self._home,
             attempt=self._attempt,
@@ -466,8 +476,11 @@ class Session:
 
     def _take_request_away(self) -> None:
         """A request to stop is met by any stop, and by the end of the run; the next start must not obey it."""
-        with contextlib.suppress(OSError):
-            self._home.delete([ObjectRef(STOP)])
+        (answer,) = outcomes(self._home.delete, [[ObjectRef(STOP)]], until=time.monotonic() + _REQUEST_S)
+        if answer.error is not None:
+            logger.warning(
+                "%s/%s could not be removed: %s; the next start may obey it", self._home.uri, STOP, answer.error
+            )
 
     def _stop_requested(self) -> str | None:
         return None if self._home.stat(STOP) is None else "a request to stop"

@@ -9,7 +9,7 @@
 
 import platform
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 
 import spotguard
 from spotguard._time import utc_now
@@ -42,6 +42,7 @@ def commit(
     metrics: Mapping[str, float] | None = None,
     deadline: float | None = None,
     progress: Progress | None = None,
+    check: Callable[[], None] | None = None,
 ) -> tuple[Manifest, int]:
     """Write a snapshot as a checkpoint.
 
@@ -59,6 +60,7 @@ def commit(
         metrics: Recorded for retention and for people.
         deadline: Instant (monotonic seconds) by which it must be done.
         progress: Called with the number of bytes done, for each piece.
+        check: Called after each piece and before the manifest is written; what it raises ends it, and nothing is committed.
 
     Returns:
         The manifest, and the bytes that had to be written.
@@ -78,7 +80,7 @@ def commit(
         if old is not None and _is_unchanged(image, old, digests):
             shards.append(old)
         else:
-            record, digests[image.name] = _write_shard(store, identity, image, deadline, progress)
+            record, digests[image.name] = _write_shard(store, identity, image, deadline, progress, check)
             shards.append(record)
             written += len(image.data)
     check_fence(store, attempt)
@@ -96,6 +98,8 @@ def commit(
         created_at=utc_now(),
         shards=tuple(shards),
     )
+    if check is not None:
+        check()
     # The time in it makes it ours alone: where the answer to a create gets lost, the retry knows it again.
     create_object(store, identity.manifest_key, manifest.to_bytes(), deadline=deadline)
     return manifest, written
@@ -135,9 +139,14 @@ def _is_unchanged(image: ShardImage, old: ShardRecord, digests: MutableMapping[s
 
 
 def _write_shard(
-    store: ObjectStore, identity: CheckpointId, image: ShardImage, deadline: float | None, progress: Progress | None
+    store: ObjectStore,
+    identity: CheckpointId,
+    image: ShardImage,
+    deadline: float | None,
+    progress: Progress | None,
+    check: Callable[[], None] | None,
 ) -> tuple[ShardRecord, Digest]:
-    key, tally = identity.shard_key(image.name), Tally(progress)
+    key, tally = identity.shard_key(image.name), Tally(progress, check)
 
     def write() -> tuple[str | None, Digest]:
         tally.restart()

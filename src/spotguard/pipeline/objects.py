@@ -1,18 +1,35 @@
 """Small whole objects, read and written with retries: a transient error is tried again, anything else is raised as it is."""
 
+import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Generic, TypeVar, cast
 
 import tenacity
 
 from spotguard._retry import FullJitter
-from spotguard.errors import CheckpointDamagedError, ObjectExistsError, StoreError, TransientStoreError
+from spotguard.errors import (
+    CheckpointDamagedError,
+    DeadlineExceededError,
+    ObjectExistsError,
+    StoreError,
+    TransientStoreError,
+)
 from spotguard.stores import ObjectStore, Progress
 
-__all__ = ["Tally", "create_object", "read_object", "read_record", "retried", "together", "write_object"]
+__all__ = [
+    "Outcome",
+    "Tally",
+    "create_object",
+    "outcomes",
+    "read_object",
+    "read_record",
+    "retried",
+    "together",
+    "write_object",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +37,7 @@ _T = TypeVar("_T")
 _S = TypeVar("_S")
 
 _THREADS = 8
+_LOOK_S = 0.05  # between two questions whether that is enough
 
 
 def retried(action: Callable[[], _T]) -> _T:
@@ -33,13 +51,80 @@ def retried(action: Callable[[], _T]) -> _T:
     return retrying(action)
 
 
+@dataclasses.dataclass(frozen=True)
+class Outcome(Generic[_T]):
+    """What came of one piece of work.
+
+    Attributes:
+        value: What it returned; None if it has raised.
+        error: What it has raised: a `DeadlineExceededError` if nothing had come of it when there was no time left.
+    """
+
+    value: _T | None = None
+    error: BaseException | None = None
+
+
+def outcomes(
+    action: Callable[[_S], _T],
+    items: Iterable[_S],
+    *,
+    threads: int = _THREADS,
+    until: float | None = None,
+    enough: Callable[[Mapping[int, Outcome[_T]]], bool] | None = None,
+) -> list[Outcome[_T]]:
+    """Do the same with each item, several at once, and wait for all of them or for as long as there is time.
+
+    The threads are daemons: a store that does not answer must not hold back the process.
+
+    Args:
+        action: What to do.
+        items: With what.
+        threads: How many at once.
+        until: Instant (monotonic seconds) up to which to wait.
+        enough: Asked again and again: whether not to wait for the others, given what has come of some, by their places.
+    """
+    wanted: Sequence[_S] = list(items)
+    found: dict[int, Outcome[_T]] = {}
+    numbers, changed, over = iter(range(len(wanted))), threading.Condition(), threading.Event()
+
+    def work() -> None:
+        while not over.is_set():
+            with changed:
+                number = next(numbers, None)
+            if number is None:
+                return
+            try:
+                outcome = Outcome(action(wanted[number]))
+            except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+                outcome = Outcome[_T](error=error)
+            with changed:
+                found[number] = outcome
+                changed.notify_all()
+
+    for _ in range(min(threads, len(wanted))):
+        threading.Thread(target=work, name="spotguard-store", daemon=True).start()
+    with changed:
+        while len(found) < len(wanted) and not (enough is not None and enough(found)):
+            left = None if until is None else until - time.monotonic()
+            if left is not None and left <= 0:
+                break
+            changed.wait(left if enough is None else _LOOK_S if left is None else min(_LOOK_S, left))
+        over.set()
+        late = Outcome[_T](error=DeadlineExceededError("the store has not answered in time"))
+        return [found.get(number, late) for number in range(len(wanted))]
+
+
 def together(action: Callable[[_S], _T], items: Iterable[_S]) -> list[_T]:
     """Do the same with each item, several at once: a store across a network answers many requests in the time of one."""
     wanted: Sequence[_S] = list(items)
     if len(wanted) < 2:
         return [action(item) for item in wanted]
-    with ThreadPoolExecutor(min(_THREADS, len(wanted)), thread_name_prefix="spotguard-read") as pool:
-        return list(pool.map(action, wanted))
+    values = []
+    for outcome in outcomes(action, wanted):
+        if outcome.error is not None:
+            raise outcome.error
+        values.append(outcome.value)
+    return cast("list[_T]", values)
 
 
 class Tally:
@@ -47,14 +132,17 @@ class Tally:
 
     Args:
         progress: Called with the number of bytes done, negative where they are taken back.
+        check: Called before; what it raises ends the work.
     """
 
-    def __init__(self, progress: Progress | None) -> None:
-        self._progress, self._done = progress, 0
+    def __init__(self, progress: Progress | None, check: Callable[[], None] | None = None) -> None:
+        self._progress, self._check, self._done = progress, check, 0
         self._lock = threading.Lock()
 
     def __call__(self, count: int) -> None:
         """So many more bytes are done. Safe from any thread."""
+        if self._check is not None:
+            self._check()
         if self._progress is not None:
             with self._lock:
                 self._done += count

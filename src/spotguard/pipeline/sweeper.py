@@ -9,7 +9,7 @@ Claims, manifests and versions of shards never change: a process that sweeps aga
 
 import dataclasses
 import datetime as dt
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from spotguard._time import utc_now
 from spotguard.checkpoint import CheckpointId, Manifest
@@ -139,6 +139,7 @@ def sweep(
     owner: int | None = None,
     dry_run: bool = False,
     known: Known | None = None,
+    proceed: Callable[[], bool] = lambda: True,
 ) -> SweepPlan:
     """Delete what the policy does not want, and what interrupted saves left behind.
 
@@ -149,6 +150,7 @@ def sweep(
             attempt's unnamed shards alone: they may belong to a save that is under way.
         dry_run: Only say what would go.
         known: What the caller has read before; added to.
+        proceed: Asked before anything is deleted, once everything was listed: False where a save has begun since.
 
     Raises:
         CheckpointDamagedError: The newest checkpoint does not verify. Then nothing has been deleted.
@@ -177,14 +179,15 @@ def sweep(
     if dry_run:
         return plan
     anything = plan.drop or plan.objects or plan.hidden
-    if anything and known.look(store).newest_attempt != history.newest_attempt:
-        # Somebody has started, or rolled back, while the newest was read back: what they continue may be what was to go.
+    if not proceed() or (anything and known.look(store).newest_attempt != history.newest_attempt):
+        # Somebody has started, or rolled back, while the newest was read back: what they continue may be what was to go. Or a save of our
+        # own has begun, and its shards, which no manifest names yet, may have been listed.
         return SweepPlan((), (), history.manifests)
     if plan.drop:
         store.delete([history.refs.get(identity, ObjectRef(identity.manifest_key)) for identity in plan.drop])
     if plan.objects or plan.hidden:
         store.delete([*(info.ref for info in plan.objects), *plan.hidden])
-    store.discard_partials(lambda key: _is_stale(key, limit))
+    store.discard_partials(lambda key: proceed() and _is_stale(key, limit))
     return plan
 
 

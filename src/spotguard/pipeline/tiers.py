@@ -11,6 +11,7 @@ Each tier is a whole run by itself: ``run.json``, claims, manifests and shards. 
 """
 
 import contextlib
+import time
 from collections.abc import Iterator, Sequence
 
 from spotguard.checkpoint import CheckpointId, Claim, Manifest, RunRecord
@@ -20,13 +21,15 @@ from spotguard.pipeline.checkpoint import Checkpoint, Progress, ask_store, load_
 from spotguard.pipeline.commit import ClaimGoneError, check_fence
 from spotguard.pipeline.history import History, take_attempt
 from spotguard.pipeline.identity import find_run, open_run
-from spotguard.pipeline.objects import create_object, together
+from spotguard.pipeline.objects import create_object, outcomes, together
 from spotguard.pipeline.resolver import Place, Resolution, resolve_among
 from spotguard.pipeline.sweeper import Known
 from spotguard.pipeline.tier import Tier
 from spotguard.stores import LocalObjectStore, MemoryObjectStore, ObjectStore
 
 __all__ = ["Tiers"]
+
+_FENCE_S = 2.0  # a store that works answers in a fraction of it
 
 
 class Tiers:
@@ -162,8 +165,14 @@ class Tiers:
         self._copy_claims(tier)
         tier.admitted, tier.error = True, None
 
-    def check_fences(self, attempt: int) -> None:
+    def check_fences(self, attempt: int, *, patience: float = _FENCE_S) -> None:
         """Look for later claims in every tier that works, before anything is written. Where ours is gone, the tier has to be admitted anew.
+
+        A tier that does not answer at once is not waited for: it is asked again before its own commit.
+
+        Args:
+            attempt: Our own.
+            patience: Seconds to wait for the answers.
 
         Raises:
             FencedError: There is one, or our own claim is gone from every tier that outlives the machine.
@@ -179,7 +188,10 @@ class Tiers:
             return None
 
         working = [tier for tier in self.all if tier.admitted and not tier.failures]
-        gone = {tier: error for tier, error in zip(working, together(look, working), strict=True) if error is not None}
+        answers = outcomes(look, working, until=time.monotonic() + patience)
+        for error in [answer.error for answer in answers if isinstance(answer.error, FencedError)]:
+            raise error
+        gone = {tier: answer.value for tier, answer in zip(working, answers, strict=True) if answer.value is not None}
         surviving = [tier for tier in working if tier.surviving]
         if surviving and all(tier in gone for tier in surviving):
             raise gone[surviving[0]]

@@ -5,15 +5,18 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from spotguard.checkpoint import CheckpointId, Manifest
-from spotguard.errors import CheckpointDamagedError, FencedError, SpotguardError, StoreError
+from spotguard.errors import CheckpointDamagedError, DeadlineExceededError, FencedError, StoreError
 from spotguard.events import CheckpointCommitted, Event, SaveFailed, Swept, TierFailed
 from spotguard.pipeline.checkpoint import Checkpoint, Progress
 from spotguard.pipeline.commit import ClaimGoneError, commit
+from spotguard.pipeline.objects import Outcome, outcomes
 from spotguard.pipeline.sweeper import sweep
 from spotguard.pipeline.tier import Tier
 from spotguard.pipeline.tiers import Tiers
+from spotguard.pipeline.upkeep import Upkeep
 from spotguard.policies import RetentionPolicy
 from spotguard.state.snapshot import Snapshot
 from spotguard.stores import ObjectStore
@@ -22,9 +25,21 @@ __all__ = ["Writer"]
 
 logger = logging.getLogger(__name__)
 
+_YIELD_S = 2.0  # a store that works answers in a fraction of it
+_LAG, _LAG_S = 5, 60.0  # how much longer than ever a tier may take before it is left behind, at the least in seconds
+
+
+class _Job(NamedTuple):
+    snapshot: Snapshot
+    metrics: Mapping[str, float]
+    progress: Progress | None
+    tiers: tuple[Tier, ...]
+    deadline: float | None
+    urgent: bool
+
 
 class Writer:
-    """Commits snapshots of one attempt to every tier of the run, the fastest first, and runs retention after each commit.
+    """Commits snapshots of one attempt to every tier of the run, and runs retention after each commit.
 
     A save has worked when a tier that outlives the machine has it; a tier that fails beside that is told of by event, and tried again at
     the next save.
@@ -67,8 +82,9 @@ class Writer:
         self._run_id, self._attempt, self._retention, self._publish = run_id, attempt, retention, publish
         self._used: CheckpointId | None = None
         self._parent = resumed.id if resumed is not None else None
-        self._job: tuple[Snapshot, Mapping[str, float], Progress | None, tuple[Tier, ...], float | None] | None = None
-        self._wake = threading.Condition()
+        self._job: _Job | None = None
+        self._wake, self._state = threading.Condition(), threading.RLock()
+        self._upkeep, self._hurry = Upkeep(self._sweep), threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="spotguard-writer", daemon=True)
         self._thread.start()
@@ -97,6 +113,7 @@ class Writer:
         *,
         tiers: str = "all",
         deadline: float | None = None,
+        urgent: bool = False,
     ) -> None:
         """Hand over a snapshot; only allowed while not `busy`.
 
@@ -105,27 +122,48 @@ class Writer:
             metrics: Recorded with it.
             progress: Called with the number of bytes done, for each piece.
             tiers: ``"all"``, or only the ``"fastest"``: where time is short.
-            deadline: Instant (monotonic seconds) after which nothing of it may become visible.
+            deadline: Instant (monotonic seconds) after which no manifest of it is written.
+            urgent: The sweep behind the last commit gives way; it may be made up for later. Else that is waited for, within reason.
         """
         with self._wake:
             assert self._job is None, "one save in flight"
             self._job, self.started = (
-                (snapshot, metrics, progress, self._tiers.select(tiers), deadline),
+                _Job(snapshot, metrics, progress, self._tiers.select(tiers), deadline, urgent or deadline is not None),
                 time.monotonic(),
             )
             self._wake.notify_all()
 
-    def drain(self, timeout: float | None = None) -> bool:
-        """Wait until nothing is in flight; False when `timeout` seconds were not enough."""
+    def drain(self, timeout: float | None = None, *, upkeep: bool = True) -> bool:
+        """Wait until nothing is in flight.
+
+        Args:
+            timeout: Seconds to wait.
+            upkeep: Also for the sweep behind the last commit, which tells whether that can be read back.
+
+        Returns:
+            False when `timeout` was not enough.
+        """
+        until = None if timeout is None else time.monotonic() + timeout
         with self._wake:
-            return self._wake.wait_for(lambda: self._job is None, timeout)
+            if not self._wake.wait_for(lambda: self._job is None, timeout):
+                return False
+        return not upkeep or self._upkeep.wait(None if until is None else max(0.0, until - time.monotonic()))
+
+    def hurry(self) -> None:
+        """The next save is the last one: where one tier that outlives the machine has this one, the others are left behind.
+
+        What they are sending is never committed, whatever becomes of the buffers.
+        """
+        self._hurry.set()
 
     def close(self, timeout: float | None = None) -> None:
-        """Finish what is in flight and end the thread."""
+        """Finish what is in flight and end the thread; within `timeout` seconds, or leave them behind."""
+        until = None if timeout is None else time.monotonic() + timeout
         with self._wake:
             self._closing = True
             self._wake.notify_all()
         self._thread.join(timeout)
+        self._upkeep.wait(None if until is None else max(0.0, until - time.monotonic()))
 
     def _run(self) -> None:
         while True:
@@ -134,55 +172,87 @@ class Writer:
                 if self._job is None:
                     return
                 job = self._job
+            sweepable: Sequence[Tier] = ()
             try:
-                self._commit(*job)
+                sweepable = self._commit(job)
             except Exception as error:  # noqa: BLE001 - top of the thread: told by event, raised in the loop after several
-                self._failed(job[0].step, error)
+                self._failed(job.snapshot.step, error)
             finally:
                 with self._wake:
+                    self._upkeep.start(sweepable)
                     self._job = None
                     self._wake.notify_all()
 
-    def _commit(
-        self,
-        snapshot: Snapshot,
-        metrics: Mapping[str, float],
-        progress: Progress | None,
-        tiers: tuple[Tier, ...],
-        deadline: float | None,
-    ) -> None:
-        started = time.monotonic()
+    def _commit(self, job: "_Job") -> Sequence[Tier]:
+        """Commit to all tiers at once: none waits for another, and what does not answer until the deadline is left behind.
+
+        Returns:
+            The tiers to sweep.
+        """
+        self._hurry.clear()
+        snapshot, tiers, deadline, started = job.snapshot, job.tiers, job.deadline, time.monotonic()
+        patience = _YIELD_S if deadline is None else min(_YIELD_S, (deadline - started) / 4)
+        if not job.urgent:
+            self._upkeep.wait(_LAG_S)
+        self._upkeep.give_way(max(0.0, patience))
         sequence = self._used.sequence + 1 if self._used and self._used.step == snapshot.step else 0
         self._used = CheckpointId(self._attempt, snapshot.step, sequence)
         if self._tiers.several:
-            self._tiers.check_fences(self._attempt)
-        failed: dict[Tier, Exception] = {}
-        for tier in sorted(tiers, key=_is_in_trouble):  # the others do not wait for it
-            if tier.failures and tier.admitted:
+            self._tiers.check_fences(self._attempt, patience=max(0.0, patience))
+
+        left_behind = threading.Event()
+
+        def check() -> None:
+            if left_behind.is_set():
+                raise DeadlineExceededError(
+                    f"step {snapshot.step}: the others were done, and the next save could not wait"
+                )
+
+        def enough(found: Mapping[int, Outcome[None]]) -> bool:
+            return self._hurry.is_set() and any(
+                outcome.error is None and tiers[number].surviving for number, outcome in found.items()
+            )
+
+        def commit_to(tier: Tier) -> None:
+            if tier.failures and tier.admitted and deadline is None:
                 self._sweep([tier])  # what the failed save left behind may be what fills the disk
-            try:
-                self._commit_to(tier, snapshot, sequence, metrics, progress, deadline)
-            except Exception as error:
-                if isinstance(error, FencedError) and not (self._tiers.several and isinstance(error, ClaimGoneError)):
-                    raise
+            until = deadline if deadline is not None else self._patience(tier)
+            self._commit_to(tier, snapshot, sequence, job.metrics, job.progress, until, check)
+
+        failed: dict[Tier, Exception] = {}
+        answers = outcomes(commit_to, tiers, threads=len(tiers), until=deadline, enough=enough)
+        left_behind.set()  # from here on the buffers may be written to
+        for tier, error in zip(tiers, [answer.error for answer in answers], strict=True):
+            if isinstance(error, FencedError) and not (self._tiers.several and isinstance(error, ClaimGoneError)):
+                raise error
+            if isinstance(error, Exception):
                 failed[tier] = error
                 tier.admitted = tier.admitted and not isinstance(error, ClaimGoneError)
+            elif error is not None:
+                raise error
         done = [tier for tier in tiers if tier not in failed]
         if not done or (any(tier.surviving for tier in tiers) and not any(tier.surviving for tier in done)):
             for tier in failed:
                 tier.failures += 1
-            self._sweep(done)
-            raise _sum_up(failed)
-        self.error = None
-        self.failures = 0 if any(tier.surviving for tier in done) else self.failures
-        self._parent = self._used
-        self.write_s = time.monotonic() - started
-        if len(tiers) == len(self._tiers.all):
-            self.seconds.append(self.write_s)
+            self._failed(snapshot.step, _sum_up(failed))
+            return done if deadline is None else ()
+        with self._state:
+            self.error = None
+            self.failures = 0 if any(tier.surviving for tier in done) else self.failures
+            self._parent = self._used
+            self.write_s = time.monotonic() - started
+            if len(tiers) == len(self._tiers.all):
+                self.seconds.append(self.write_s)
         for tier, trouble in failed.items():
             self._tier_failed(tier, snapshot.step, trouble)
-        if deadline is None:  # the next attempt has time for it
-            self._sweep(done)
+        return done if deadline is None else ()  # the next attempt has time for it
+
+    def _patience(self, tier: Tier) -> float | None:
+        """Instant after which a tier that takes far longer than it ever did holds up the others no more; it is told of, and asked again."""
+        slowest = max(tier.seconds, default=None)
+        if not self._tiers.several or slowest is None:
+            return None
+        return time.monotonic() + max(_LAG_S, _LAG * slowest) * float(2**tier.failures)
 
     def _commit_to(
         self,
@@ -192,6 +262,7 @@ class Writer:
         metrics: Mapping[str, float],
         progress: Progress | None,
         deadline: float | None,
+        check: Callable[[], None],
     ) -> None:
         started = time.monotonic()
         self._tiers.admit(tier)
@@ -208,15 +279,17 @@ class Writer:
             metrics=metrics,
             deadline=deadline,
             progress=progress,
+            check=check,
         )
         if tier.failures:
             logger.info("%s works again", tier.store.uri)
         tier.last, tier.suspect, tier.failures = manifest, False, 0
         tier.seconds.append(time.monotonic() - started)
         tier.known.manifests[manifest.id] = manifest
-        if tier.surviving and (self.last is None or self.last.id != manifest.id):
-            self.checkpoint = Checkpoint(tier.store, manifest)
-            self.failures, self.error = 0, None
+        with self._state:
+            if tier.surviving and (self.last is None or self.last.id != manifest.id):
+                self.checkpoint = Checkpoint(tier.store, manifest)
+                self.failures, self.error = 0, None
         self._publish(
             CheckpointCommitted(
                 checkpoint=str(manifest.id),
@@ -229,15 +302,15 @@ class Writer:
             )
         )
 
-    def _sweep(self, tiers: Sequence[Tier]) -> None:
+    def _sweep(self, tiers: Sequence[Tier], proceed: Callable[[], bool] = lambda: True) -> None:
         damaged: dict[Tier, CheckpointDamagedError] = {}
         for tier in tiers:
             try:
-                plan = sweep(tier.store, self._retention, owner=self._attempt, known=tier.known)
+                plan = sweep(tier.store, self._retention, owner=self._attempt, known=tier.known, proceed=proceed)
             except CheckpointDamagedError as error:
                 # What was just written cannot be read back: whatever the store said, that save has failed.
                 tier.suspect, damaged[tier] = True, error
-            except (SpotguardError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - top of a thread; whatever it is, the commit stands
                 logger.warning(
                     "retention could not delete old checkpoints in %s, will try again after the next save: %s",
                     tier.store.uri,
@@ -258,7 +331,8 @@ class Writer:
                 self._failed(step, proof)
                 continue
             if newest is not None and newest.last is not None:
-                self.checkpoint = Checkpoint(newest.store, newest.last)
+                with self._state:
+                    self.checkpoint = Checkpoint(newest.store, newest.last)
             self._tier_failed(tier, step, proof)
 
     def _tier_failed(self, tier: Tier, step: int, error: Exception) -> None:
@@ -269,17 +343,14 @@ class Writer:
         self._publish(TierFailed(tier=tier.store.uri, step=step, error=text, in_a_row=tier.failures))
 
     def _failed(self, step: int, error: Exception) -> None:
-        self.error = error
-        if isinstance(error, FencedError):
-            self.fenced = error
-        self.failures += 1
+        with self._state:
+            self.error = error
+            if isinstance(error, FencedError):
+                self.fenced = error
+            self.failures += 1
         logger.error("save at step %d failed (%d in a row): %s", step, self.failures, error)
         logger.debug("where it failed", exc_info=error)
         self._publish(SaveFailed(step=step, error=f"{type(error).__name__}: {error}", in_a_row=self.failures))
-
-
-def _is_in_trouble(tier: Tier) -> bool:
-    return tier.failures > 0 or not tier.admitted
 
 
 def _sum_up(failed: Mapping[Tier, Exception]) -> Exception:

@@ -246,6 +246,8 @@ class FaultProxy:
         self._threads: set[threading.Thread] = set()
         self._wake, self._woken = socket.socketpair()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        if bandwidth is not None:  # on a slow link a byte that is taken has arrived
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)
         self.port: int = self._listener.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
         self._accepting = threading.Thread(target=self._accept, name="spotguard-proxy", daemon=True)

@@ -45,6 +45,7 @@ class Body:
         self._seen: list[Digest] | None = None  # what was hashed, of each piece
         self._before = False  # that was done before anything was sent
         self._position = 0
+        self._stride: Stride | None = None
         self._sent: list[tuple[Progress, int]] = []
 
     def __len__(self) -> int:
@@ -110,14 +111,17 @@ class Body:
             told(-count)
         if self._hashes and not self._before:
             self._seen = [Digest() for _ in self.pieces]
-        stride = Stride()
+        if self._stride is None:
+            self._stride = Stride()
+        else:
+            self._stride.restart()
         for number, piece in enumerate(self.pieces):
             seen = self._seen[number] if self._seen is not None and not self._before else None
             start = 0
             while start < len(piece.data):
                 if self._check is not None:
                     self._check()
-                data = piece.data[start : start + stride.next()]
+                data = piece.data[start : start + self._stride.next()]
                 start += len(data)
                 if seen is not None:
                     seen.update(data)

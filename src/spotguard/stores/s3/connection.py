@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 Answer = dict[str, Any]
 _T = TypeVar("_T")
-_TRIES, _LONGEST_WAIT_S = 8, 8.0
+_TRIES, _LONGEST_WAIT_S, _BRIEF_S = 8, 8.0, 0.02
+_AHEAD = 256 << 10  # bytes that the system holds and has not begun to send
 _making = threading.Lock()  # sessions of boto3 must not be used by two threads at once
 
 
@@ -119,12 +120,13 @@ class Connection:
             TransientStoreError: As the last try did; marked as retried enough.
             DeadlineExceededError: There is no time left for another try.
         """
+        up_to = None if deadline is None else _UpTo(deadline)
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(
                 lambda error: isinstance(error, TransientStoreError) and not error.exhausted
             ),
-            wait=FullJitter(0.1, longest=_LONGEST_WAIT_S),
-            stop=tenacity.stop_after_attempt(tries) if deadline is None else _no_time_left(deadline),
+            wait=FullJitter(0.1, longest=_LONGEST_WAIT_S) if up_to is None else up_to.wait,
+            stop=tenacity.stop_after_attempt(tries) if up_to is None else up_to.is_over,
             before_sleep=lambda state: logger.info(
                 "%s: tried again after %s", where, state.outcome and state.outcome.exception()
             ),
@@ -142,10 +144,11 @@ class Connection:
 
     def _once(self, operation: str, where: str, params: dict[str, Any]) -> Answer:
         from botocore.exceptions import BotoCoreError, ClientError
+        from urllib3.exceptions import HTTPError
 
         try:
             answer: Answer = getattr(self.client, operation)(**params)
-        except (BotoCoreError, ClientError, ValueError, OSError) as error:
+        except (BotoCoreError, ClientError, HTTPError, ValueError, OSError) as error:
             raise translate(error, operation=operation, where=where, params=params) from error
         return answer
 
@@ -208,18 +211,33 @@ def _with_md5(request: Any, **_: Any) -> None:
 def _notice_dead_peers(client: Any, stall_s: float) -> None:
     """Have the system give up a connection whose peer takes nothing for that long: tcp(7), TCP_USER_TIMEOUT.
 
+    And have it take no more than a little ahead of what is on its way (TCP_NOTSENT_LOWAT): megabytes that wait in its buffer on a slow link
+    would look like a server that does not answer.
+
     boto3 has no setting for it. Where its inside looks different one day, the timeouts of the socket remain.
     """
-    option = getattr(socket, "TCP_USER_TIMEOUT", None)
+    wanted = {"TCP_USER_TIMEOUT": int(stall_s * 1000), "TCP_NOTSENT_LOWAT": _AHEAD}
     with contextlib.suppress(AttributeError):
         options = client._endpoint.http_session._socket_options  # noqa: SLF001
-        if option is not None:
-            options.append((socket.IPPROTO_TCP, option, int(stall_s * 1000)))
+        for name, value in wanted.items():
+            if (option := getattr(socket, name, None)) is not None:
+                options.append((socket.IPPROTO_TCP, option, value))
 
 
-class _no_time_left:  # noqa: N801 - it reads as one of tenacity's
+class _UpTo:
+    """Waits and ends so that there is one more try shortly before the deadline.
+
+    Args:
+        deadline: Instant (monotonic seconds).
+    """
+
     def __init__(self, deadline: float) -> None:
-        self._deadline = deadline
+        self._deadline, self._wait = deadline, FullJitter(0.1, longest=_LONGEST_WAIT_S)
 
-    def __call__(self, state: tenacity.RetryCallState) -> bool:
-        return time.monotonic() + state.upcoming_sleep >= self._deadline
+    def wait(self, state: tenacity.RetryCallState) -> float:
+        """Seconds before the next try: never more than half of what is left."""
+        return min(self._wait(state), max(0.0, self._deadline - time.monotonic()) / 2)
+
+    def is_over(self, state: tenacity.RetryCallState) -> bool:  # noqa: ARG002 - tenacity gives it
+        """Whether another try would have no time to come to anything."""
+        return time.monotonic() + _BRIEF_S >= self._deadline

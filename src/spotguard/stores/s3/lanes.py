@@ -70,7 +70,7 @@ class Lanes:
                 raise self._error
 
     def _late(self) -> DeadlineExceededError:
-        return DeadlineExceededError(f"{self._what} was not done by its deadline; nothing of it is visible")
+        return DeadlineExceededError(f"{self._what} was not done by its deadline")
 
     def _lane(self, job: Callable[[], None]) -> None:
         error: BaseException | None = None

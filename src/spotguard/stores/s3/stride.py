@@ -4,7 +4,7 @@ import time
 
 __all__ = ["Stride"]
 
-_LEAST, _MOST, _BRIEF_S = 1 << 20, 8 << 20, 0.1
+_LEAST, _MOST, _BRIEF_S = 64 << 10, 8 << 20, 0.1
 
 
 class Stride:
@@ -16,10 +16,15 @@ class Stride:
     Example:
         >>> stride = Stride()
         >>> stride.next(), stride.next()
-        (1048576, 2097152)
+        (65536, 131072)
     """
 
     def __init__(self) -> None:
+        self._size, self._most, self._began = _LEAST, _MOST, 0.0
+
+    def restart(self) -> None:
+        """The transfer begins again. The system takes the first megabytes at once however slow the network is: it may have been that."""
+        self._most = max(_LEAST, self._most // 8)
         self._size, self._began = _LEAST, 0.0
 
     def next(self) -> int:
@@ -27,6 +32,6 @@ class Stride:
         now = time.monotonic()
         if self._began:
             brief = now - self._began < _BRIEF_S
-            self._size = min(_MOST, 2 * self._size) if brief else max(_LEAST, self._size // 2)
+            self._size = min(self._most, 2 * self._size) if brief else max(_LEAST, self._size // 2)
         self._began = now
         return self._size

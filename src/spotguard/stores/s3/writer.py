@@ -5,7 +5,7 @@ import contextlib
 import secrets
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from spotguard.checkpoint import Digest
 from spotguard.errors import ObjectNotFoundError, SpotguardError, StoreError, TransientStoreError
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 __all__ = ["S3Writer", "digest_in"]
+
+_T = TypeVar("_T")
 
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
 _MOST_PARTS, _LARGEST_PART = 10_000, 5 << 30
@@ -77,12 +79,13 @@ class S3Writer:
         """Make the object visible."""
         check_deadline(self._deadline, self._key)
         if self._upload is None:
-            answer = self._put(self._take(self._held))
+            pieces = self._take(self._held)
+            answer = self._in_time(lambda: self._put(pieces))
         else:
             if self._held:
                 self._start_part(self._held)
             self._lanes.join()
-            answer = self._complete()
+            answer = self._in_time(self._complete)
         version = answer.get("VersionId") if self._able.versions else None
         self.info = ObjectInfo(
             self._key, self._size, version, digest_in(answer) if self._able.checksum == "crc64nvme" else None
@@ -97,6 +100,15 @@ class S3Writer:
             thread = threading.Thread(target=self._abort, args=(upload,), name="spotguard-s3-abort", daemon=True)
             thread.start()
             thread.join(None if self._deadline is None else 1.0)
+
+    def _in_time(self, request: Callable[[], _T]) -> _T:
+        """Make a request; where there is a deadline, wait for it no longer than that: a server that has died says nothing."""
+        if self._deadline is None:
+            return request()
+        answers: list[_T] = []
+        self._lanes.run(lambda: answers.append(request()))
+        self._lanes.join()
+        return answers[0]
 
     def _abort(self, upload: str) -> None:
         with contextlib.suppress(SpotguardError):  # `discard_partials` finds it later
@@ -125,7 +137,7 @@ class S3Writer:
 
     def _start_part(self, size: int) -> None:
         if self._upload is None:
-            self._upload = self._create()
+            self._upload = self._in_time(self._create)
         pieces = self._take(size)
         self._numbers += 1
         number = self._numbers
@@ -267,7 +279,11 @@ class S3Writer:
         """What an earlier request of ours has made, whose answer was lost; None if what is there is somebody else's."""
         with contextlib.suppress(ObjectNotFoundError):
             found = self._connection.call(
-                "head_object", self._key, ChecksumMode="ENABLED", **self._connection.options.get_params
+                "head_object",
+                self._key,
+                deadline=self._deadline,
+                ChecksumMode="ENABLED",
+                **self._connection.options.get_params,
             )
             metadata = {
                 name.lower(): value for name, value in found.get("Metadata", {}).items()
