@@ -411,6 +411,32 @@ def test_a_mirror_that_is_damaged_when_it_is_read_back_is_written_anew(tmp_path:
     check_resolves(tmp_path / "eu", [30])
 
 
+def test_a_fast_tier_on_a_new_machine_gets_the_checkpoint_while_it_is_read(tmp_path: Path) -> None:
+    save([fast(tmp_path), eu(tmp_path)], 10, 20)
+    shutil.rmtree(tmp_path / "fast")
+    job = start(fast(tmp_path), eu(tmp_path))
+    assert resumed_from(job) == (20, "eu")
+    check_visible(tmp_path / "fast")
+    check_resolves(tmp_path / "fast", [20])
+    assert resumed_from(start(fast(tmp_path), eu(tmp_path))) == (20, "fast")
+    job = start(fast(tmp_path), eu(tmp_path))
+    job.save(30)
+    written = {event.tier: event.written for event in job.told(CheckpointCommitted)}  # type: ignore[attr-defined]
+    assert (
+        written[str(tmp_path / "fast")] == written[str(tmp_path / "eu")]
+    )  # what has not changed is named again in both
+
+
+def test_a_fast_tier_that_cannot_be_filled_does_not_hold_back_the_start(tmp_path: Path) -> None:
+    save([fast(tmp_path), eu(tmp_path)], 10, 20)
+    shutil.rmtree(tmp_path / "fast")
+    full = Outside(tmp_path / "fast")
+    full.refuses = "checkpoints/"
+    job = start(full, eu(tmp_path))
+    assert resumed_from(job) == (20, "eu")
+    assert not list((tmp_path / "fast/manifests").glob("*"))
+
+
 # -- death -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -455,6 +481,32 @@ def test_death_at_any_system_call_of_a_save_to_two_tiers_leaves_the_old_or_the_n
         job.writer.close()
         seen.add(tuple(alone))
     assert {(30, 30), (50, 50)} < seen  # and one before the other: the tiers do not wait for each other
+
+
+def test_death_at_any_system_call_of_a_start_on_a_new_machine_leaves_no_half_copy(base: Path, tmp_path: Path) -> None:
+    def new_machine() -> Path:
+        root = copy_of(base, tmp_path / "places")
+        shutil.rmtree(root / "fast")
+        return root
+
+    probe = Intercepting(Unsynced())
+    root = new_machine()
+    start(LocalObjectStore(root / "fast", fs=probe), eu(root))
+    outcomes = set()
+    for number in range(1, len(probe.calls) + 1):
+        root = new_machine()
+        fs = Dying(number, inner=Unsynced())
+
+        def run(root: Path = root, fs: Dying = fs) -> object:
+            return start(LocalObjectStore(root / "fast", fs=fs), eu(root))
+
+        assert in_child(run) == 137, number
+        if (root / "fast/manifests").exists():
+            check_visible(root / "fast")
+        step, name = resumed_from(start(fast(root), eu(root)))
+        assert step == 30
+        outcomes.add(name)
+    assert outcomes == {"fast", "eu"}
 
 
 def test_death_at_any_system_call_of_the_first_start_of_two_tiers_leaves_one_identity(tmp_path: Path) -> None:

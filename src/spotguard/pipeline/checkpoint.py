@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import mmap
+from collections.abc import Callable
 from typing import Any
 
 from spotguard.checkpoint import CheckpointId, Digest, Manifest, ShardRecord
@@ -64,8 +65,14 @@ class Checkpoint:
         for shard in self.manifest.shards:
             fetch_shard(self.store, shard, progress=progress, keep=False)
 
-    def load(self, progress: Progress | None = None) -> dict[str, Any]:
+    def load(
+        self, progress: Progress | None = None, *, take: Callable[[ShardRecord, memoryview], None] | None = None
+    ) -> dict[str, Any]:
         """Read every member, verified before a byte of it is interpreted. Tensors are on the CPU.
+
+        Args:
+            progress: Called with the number of bytes done, for each piece.
+            take: Called with the bytes of each shard, once they are verified.
 
         Returns:
             Member name to its state; what belongs to a rank is under ``rank-00000``.
@@ -77,9 +84,10 @@ class Checkpoint:
 
         tree = {}
         for shard in self.manifest.shards:
-            tree[shard.name] = decode(
-                fetch_shard(self.store, shard, progress=progress), key=f"{self.store.uri}/{shard.key}"
-            )
+            data = fetch_shard(self.store, shard, progress=progress)
+            if take is not None:
+                take(shard, data)
+            tree[shard.name] = decode(data, key=f"{self.store.uri}/{shard.key}")
         return tree
 
 

@@ -1,11 +1,12 @@
 """Choosing what to resume from, and saying why."""
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
-from spotguard.checkpoint import CheckpointId
+from spotguard.checkpoint import CheckpointId, ShardRecord
 from spotguard.checkpoint.layout import claim_key
 from spotguard.errors import CheckpointDamagedError, NoUsableCheckpointError, StoreError
 from spotguard.pipeline.checkpoint import Checkpoint, load_manifest
@@ -116,6 +117,7 @@ def resolve_among(
     run_id: str | None = None,
     load: bool = False,
     progress: Callable[[int], None] | None = None,
+    take: Callable[[Checkpoint, ShardRecord, memoryview], None] | None = None,
 ) -> Resolution:
     """As `resolve`, for a run that stands in several stores: a copy in another one comes before an older checkpoint.
 
@@ -125,6 +127,7 @@ def resolve_among(
         run_id: Identity of the run, if known.
         load: Also keep what was read.
         progress: Called with the number of bytes done, for each piece.
+        take: Called with each shard that is read to be kept, verified.
 
     Raises:
         FormatTooNewError: A later release wrote the newest one. That is no damage, so nothing older is taken in its place.
@@ -143,7 +146,9 @@ def resolve_among(
             try:
                 checkpoint = Checkpoint(store, load_manifest(store, identity, run_id=run_id))
                 if load:
-                    loaded = checkpoint.load(progress)
+                    loaded = checkpoint.load(
+                        progress, take=None if take is None else functools.partial(take, checkpoint)
+                    )
                 else:
                     checkpoint.verify(progress)
             except CheckpointDamagedError as error:

@@ -22,6 +22,7 @@ from spotguard.pipeline.commit import ClaimGoneError, check_fence
 from spotguard.pipeline.history import History, take_attempt
 from spotguard.pipeline.identity import find_run, open_run
 from spotguard.pipeline.objects import create_object, outcomes, together
+from spotguard.pipeline.refill import Refill
 from spotguard.pipeline.resolver import Place, Resolution, resolve_among
 from spotguard.pipeline.sweeper import Known
 from spotguard.pipeline.tier import Tier
@@ -199,7 +200,7 @@ class Tiers:
             tier.admitted = False
 
     def resolve(self, history: History, run_id: str, progress: Progress | None = None) -> Resolution:
-        """Choose, verify and read what to resume from.
+        """Choose, verify and read what to resume from; tiers before the one it is read from get a copy.
 
         Args:
             history: What `claim` returned.
@@ -209,8 +210,12 @@ class Tiers:
         tiers = [tier for tier in self.all if tier.error is None]
         listed = [tier.known.history for tier in tiers]
         places = [Place(tier.store, seen.refs) for tier, seen in zip(tiers, listed, strict=True) if seen is not None]
-        resolution = resolve_among(places, history, run_id=run_id, load=True, progress=progress)
+        refill = Refill(self.all)
+        resolution = resolve_among(
+            places, history, run_id=run_id, load=True, progress=progress, take=refill.take if self.several else None
+        )
         if resolution.checkpoint is not None:
+            refill.finish(resolution.checkpoint)
             self._go_on_from(resolution.checkpoint, history, {item.tier for item in resolution.rejected})
         return resolution
 
