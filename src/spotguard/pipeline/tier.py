@@ -25,6 +25,7 @@ class Tier:
         digests: Of the shards that were last written there or compared with what is there, by name.
         suspect: The last commit there was found damaged: nothing of it is named again.
         failures: Failed saves in a row.
+        commits: Commits that are under way there.
         seconds: What the last commits took.
     """
 
@@ -37,6 +38,7 @@ class Tier:
     digests: dict[str, Digest] = dataclasses.field(default_factory=dict, repr=False)
     suspect: bool = False
     failures: int = 0
+    commits: int = 0
     seconds: collections.deque[float] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=100))
 
     def holds(self, identity: CheckpointId) -> bool:

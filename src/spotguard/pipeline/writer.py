@@ -1,10 +1,11 @@
 """The background thread that commits snapshots: one in flight, never queued, never cancelled."""
 
 import collections
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from spotguard.checkpoint import CheckpointId, Manifest
@@ -127,6 +128,7 @@ class Writer:
         """
         with self._wake:
             assert self._job is None, "one save in flight"
+            self._hurry.clear()
             self._job, self.started = (
                 _Job(snapshot, metrics, progress, self._tiers.select(tiers), deadline, urgent or deadline is not None),
                 time.monotonic(),
@@ -179,7 +181,7 @@ class Writer:
                 self._failed(job.snapshot.step, error)
             finally:
                 with self._wake:
-                    self._upkeep.start(sweepable)
+                    self._upkeep.start([tier for tier in sweepable if not tier.commits])
                     self._job = None
                     self._wake.notify_all()
 
@@ -189,7 +191,6 @@ class Writer:
         Returns:
             The tiers to sweep.
         """
-        self._hurry.clear()
         snapshot, tiers, deadline, started = job.snapshot, job.tiers, job.deadline, time.monotonic()
         patience = _YIELD_S if deadline is None else min(_YIELD_S, (deadline - started) / 4)
         if not job.urgent:
@@ -214,10 +215,11 @@ class Writer:
             )
 
         def commit_to(tier: Tier) -> None:
-            if tier.failures and tier.admitted and deadline is None:
-                self._sweep([tier])  # what the failed save left behind may be what fills the disk
-            until = deadline if deadline is not None else self._patience(tier)
-            self._commit_to(tier, snapshot, sequence, job.metrics, job.progress, until, check)
+            with self._at_work(tier) as alone:
+                if tier.failures and tier.admitted and deadline is None and alone:
+                    self._sweep([tier])  # what the failed save left behind may be what fills the disk
+                until = deadline if deadline is not None else self._patience(tier)
+                self._commit_to(tier, snapshot, sequence, job.metrics, job.progress, until, check)
 
         failed: dict[Tier, Exception] = {}
         answers = outcomes(commit_to, tiers, threads=len(tiers), until=deadline, enough=enough)
@@ -246,6 +248,18 @@ class Writer:
         for tier, trouble in failed.items():
             self._tier_failed(tier, snapshot.step, trouble)
         return done if deadline is None else ()  # the next attempt has time for it
+
+    @contextlib.contextmanager
+    def _at_work(self, tier: Tier) -> Iterator[bool]:
+        """Count the commits to a tier: one that was left behind may still be at it, and what it has written is not for us to sweep."""
+        with self._state:
+            tier.commits += 1
+            alone = tier.commits == 1
+        try:
+            yield alone
+        finally:
+            with self._state:
+                tier.commits -= 1
 
     def _patience(self, tier: Tier) -> float | None:
         """Instant after which a tier that takes far longer than it ever did holds up the others no more; it is told of, and asked again."""
@@ -287,7 +301,9 @@ class Writer:
         tier.seconds.append(time.monotonic() - started)
         tier.known.manifests[manifest.id] = manifest
         with self._state:
-            if tier.surviving and (self.last is None or self.last.id != manifest.id):
+            if tier.surviving and (
+                self.last is None or self.last.id < manifest.id
+            ):  # one that was left behind comes late
                 self.checkpoint = Checkpoint(tier.store, manifest)
                 self.failures, self.error = 0, None
         self._publish(
