@@ -14,8 +14,11 @@ from contracts.test_s3_store import nothing_has_been_said, store_at  # noqa: F40
 from servers import S3Server
 from spotguard import CheckpointStore
 from spotguard.errors import CheckpointDamagedError, ConfigError, ObjectExistsError
-from spotguard.stores.s3 import S3ObjectStore
-from spotguard.testing import DropHeader, FaultProxy, Flip, matching
+from spotguard.pipeline.objects import write_object
+from spotguard.stores import ObjectRef
+from spotguard.stores.s3 import S3ObjectStore, lifecycle
+from spotguard.stores.s3.errors import NotOfferedError
+from spotguard.testing import DropHeader, Fault, FaultProxy, Flip, Request, Status, matching
 from spotguard.testing.object_store import get, put
 
 MIB = 1 << 20
@@ -182,3 +185,155 @@ def test_the_headers_of_an_encryption_go_with_the_requests_that_take_them(
     assert {kind for kind, carried in found.items() if carried == {True}} >= where
     if "end" in found and where == {"put", "start"}:
         assert all(found[kind] == {False} for kind in ALL - where)
+
+
+def test_who_pays_is_told_with_every_request_that_can_tell(
+    behind: Callable[..., S3ObjectStore], proxy: FaultProxy
+) -> None:
+    store = behind(requester_pays=True)
+    store.preflight()
+    for name, size in {"small": 10, "large": 11 * MIB}.items():
+        put(store, name, bytes(size), exclusive=True)
+        assert len(get(store, name)) == size
+        assert store.stat(name) is not None
+    with pytest.raises(ZeroDivisionError), store.create("broken") as writer:
+        writer.write(bytes(11 * MIB))
+        raise ZeroDivisionError
+    store.delete([ObjectRef("small")])
+    assert [info.key for info in store.deleted("")] == ["small"]
+    store.undelete("small")
+    store.connection.call("create_multipart_upload", "stale")
+    assert store.discard_partials(lambda key: key == "stale") == ["stale"]
+    store.delete([info.ref for info in store.list("")])
+    lifecycle.kept_versions(store.connection)
+    silent = [request for request in proxy.requests if request.headers.get("x-amz-request-payer") != "requester"]
+    assert {request.query for request in silent} == {"versioning"}  # which has no such header
+    assert {request.method for request in proxy.requests} == {"GET", "HEAD", "PUT", "POST", "DELETE"}
+
+
+@pytest.mark.parametrize(
+    "answer", [Status(405, "MethodNotAllowed"), Status(501, "NotImplemented"), Status(403, "AccessDenied")], ids=str
+)
+@pytest.mark.parametrize("bucket", ["versioned", "without"])
+def test_where_versions_cannot_be_asked_about_what_is_written_tells(
+    trusting: S3Server, proxy: FaultProxy, answer: Status, bucket: str
+) -> None:
+    """As at an access point, which does not offer the question."""
+    client = trusting.client()
+    client.create_bucket(Bucket="without")
+    client.close()
+    proxy.plan = matching(answer, query_contains="versioning")
+    store = store_at(trusting.behind(proxy.uri), bucket)
+    if bucket == "versioned":
+        put(store, "object", b"x", exclusive=True)
+    else:
+        with pytest.warns(UserWarning, match="does not keep versions"):
+            put(store, "object", b"x", exclusive=True)
+    assert store.able.versions == (bucket == "versioned")
+    reader = S3ObjectStore(store.uri, store.connection.options, session=store.connection._session)  # before any write
+    (info,) = reader.list("")
+    assert get(reader, "object") == b"x"
+    reader.delete([info.ref])
+    assert list(store.list("")) == []
+
+
+def test_where_versions_are_wanted_and_cannot_be_turned_on_what_is_written_tells(
+    behind: Callable[..., S3ObjectStore], proxy: FaultProxy
+) -> None:
+    proxy.plan = matching(Status(405, "MethodNotAllowed"), query_contains="versioning")
+    for wanted in ("require", "enable"):
+        assert behind(versioning=wanted).able.versions
+
+
+def test_what_is_not_offered_for_a_bucket_is_not_taken_for_a_bucket_that_is_missing(
+    behind: Callable[..., S3ObjectStore], proxy: FaultProxy
+) -> None:
+    proxy.plan = matching(Status(405, "MethodNotAllowed"), query_contains="lifecycle")
+    with pytest.raises(NotOfferedError, match="does not know get_bucket_lifecycle_configuration"):
+        lifecycle.rules_of(behind().connection)
+
+
+def test_a_version_that_is_a_delete_marker_is_not_there(behind: Callable[..., S3ObjectStore]) -> None:
+    """The answer is 405."""
+    store = behind()
+    put(store, "object", b"x")
+    store.delete([ObjectRef("object")])
+    (marker,) = (info.version for info, _, marker in store._list_versions("") if marker)
+    assert store.stat("object", version=marker) is None
+    with pytest.raises(FileNotFoundError):
+        store.open("object", version=marker)
+
+
+def second_with_crc64(answer: Status, times: int) -> Callable[[Request], Fault | None]:
+    """The probe with the right checksum passes, the one with the wrong checksum is answered so, so often."""
+    seen: list[Request] = []
+
+    def plan(request: Request) -> Fault | None:
+        if request.method == "PUT" and "x-amz-checksum-crc64nvme" in request.headers:
+            seen.append(request)
+            return answer if 1 < len(seen) <= 1 + times else None
+        return None
+
+    return plan
+
+
+@pytest.mark.parametrize("answer", [Status(503, "SlowDown"), Status(500), Status(403, "ExpiredToken")], ids=str)
+def test_a_probe_that_fails_for_another_reason_says_nothing_about_checksums(
+    behind: Callable[..., S3ObjectStore], proxy: FaultProxy, seaweedfs: S3Server, answer: Status
+) -> None:
+    proxy.plan = second_with_crc64(answer, 1)
+    assert behind().able.checksum is None
+    assert len(proxy.faulted) == 1
+    with FaultProxy(seaweedfs.endpoint) as other:
+        other.plan = second_with_crc64(answer, 2)
+        assert store_at(seaweedfs.behind(other.uri), seaweedfs.versioned).able.checksum == "crc64nvme"
+        assert len(other.faulted) == 2
+
+
+@pytest.mark.parametrize("error", ["BadDigest", "InvalidDigest", "XAmzContentChecksumMismatch", "InvalidRequest"])
+def test_a_server_that_calls_a_wrong_checksum_wrong_compares_it(
+    behind: Callable[..., S3ObjectStore], proxy: FaultProxy, error: str
+) -> None:
+    proxy.plan = second_with_crc64(Status(400, error), 1)
+    assert behind().able.checksum == "crc64nvme"
+
+
+@pytest.mark.parametrize("error", ["ConditionalRequestConflict", "OperationAborted"])
+@pytest.mark.parametrize("size", [1000, 11 * MIB])
+def test_a_create_that_met_another_writer_is_tried_again(
+    behind: Callable[..., S3ObjectStore], proxy: FaultProxy, error: str, size: int
+) -> None:
+    store, data = behind(), os.urandom(size)
+    store.preflight()
+    store._multipart_is_exclusive()
+    where: dict[str, str] = {"method": "PUT"} if size < MIB else {"method": "POST", "query_contains": "uploadId"}
+    proxy.plan = matching(Status(409, error), times=2, path_contains="object", **where)  # type: ignore[arg-type]
+    write_object(store, "object", data, exclusive=True)
+    assert len(proxy.faulted) == 2
+    assert get(store, "object") == data
+    with pytest.raises(ObjectExistsError):
+        write_object(store, "object", data, exclusive=True)
+
+
+def test_an_upload_that_met_another_writer_at_its_end_begins_anew(
+    behind: Callable[..., S3ObjectStore], proxy: FaultProxy, trusting: S3Server
+) -> None:
+    """Amazon answers 409 and wants all of it once more: the upload that it was is not to be used again."""
+    store, data = behind(), os.urandom(11 * MIB)
+    store.preflight()
+    store._multipart_is_exclusive()
+    client = trusting.client()
+
+    def spend(request: Request) -> Fault | None:
+        if request.method != "POST" or "uploadId" not in request.query or proxy.faulted:
+            return None
+        for upload in client.list_multipart_uploads(Bucket=trusting.versioned, Prefix=store.address.prefix)["Uploads"]:
+            client.abort_multipart_upload(Bucket=trusting.versioned, Key=upload["Key"], UploadId=upload["UploadId"])
+        return Status(409, "ConditionalRequestConflict")
+
+    proxy.plan = spend
+    write_object(store, "object", data, exclusive=True)
+    assert len(proxy.faulted) == 1
+    assert get(store, "object") == data
+    assert list(store._uploads()) == []
+    client.close()

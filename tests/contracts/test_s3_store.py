@@ -156,7 +156,7 @@ def test_retention_leaves_no_version_of_what_it_deletes(store: S3ObjectStore, se
 
 
 def test_more_objects_than_a_batch_holds_are_deleted(store: S3ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spotguard.stores.s3.store._BATCH", 3)
+    monkeypatch.setattr("spotguard.stores.s3.deletion._BATCH", 3)
     for number in range(8):
         put(store, f"folder/{number}", b"x")
     store.delete(info.ref for info in list(store.list("folder/")))

@@ -63,6 +63,18 @@ def test_a_deleted_checkpoint_is_listed_and_comes_back(run: str) -> None:
         invoke("restore", run, "0001-0000000300")
 
 
+def test_a_bucket_without_versions_has_nothing_to_bring_back_and_says_so(
+    seaweedfs: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seaweedfs.use(monkeypatch)
+    monkeypatch.setattr("spotguard.stores.s3.preflight._said", {(seaweedfs.plain, "versions")})
+    uri = f"s3://{seaweedfs.plain}/{secrets.token_hex(8)}"
+    CheckpointStore(uri).save({"model": {"weight": [1.0]}}, step=100)
+    for command in (("ls", uri, "--deleted"), ("restore", uri, "0001-0000000100")):
+        with pytest.raises(ConfigError, match="does not keep versions"):
+            invoke(*command)
+
+
 def test_the_lifecycle_rule_is_printed_then_set_beside_those_that_are_there(run: str, seaweedfs: S3Server) -> None:
     prefix = run.removeprefix(f"s3://{seaweedfs.versioned}/") + "/"
     client = seaweedfs.client()
@@ -79,12 +91,13 @@ def test_the_lifecycle_rule_is_printed_then_set_beside_those_that_are_there(run:
     assert rule["NoncurrentVersionExpiration"] == {"NoncurrentDays": 7}
     assert "nothing has been changed" in printed.stderr
     assert "deletes objects of this run" in printed.stderr  # the other rule
+    assert "whose bytes are not counted" in printed.stderr
     for days in (7, 30):
         told = call_json("s3", "lifecycle", run, "--days", days, "--apply")
         assert told["applied"]
         assert told["noncurrent_versions"] >= 1
         assert told["noncurrent_bytes"] >= 1000
-        assert told["rules_that_delete_objects_in_use"] == [prefix]
+        assert [item["rule"] for item in told["rules_that_do_harm"]] == [prefix]
     rules = client.get_bucket_lifecycle_configuration(Bucket=seaweedfs.versioned)["Rules"]
     client.delete_bucket_lifecycle(Bucket=seaweedfs.versioned)
     client.close()

@@ -37,7 +37,8 @@ def lifecycle_command(
     connection, prefix = store.connection, store.address.prefix
     rule = lifecycle.lifecycle_rule(prefix, days=days)
     kept = lifecycle.kept_versions(connection)
-    danger = lifecycle.endangering(lifecycle.rules_of(connection), prefix)
+    rules = [item for item in lifecycle.rules_of(connection) if not (apply and item.get("ID") == rule["ID"])]
+    dangers = lifecycle.endangering(rules, prefix, days=days)
     if apply:
         lifecycle.apply_rule(connection, rule)
     if as_json:
@@ -48,7 +49,7 @@ def lifecycle_command(
             "noncurrent_bytes": kept.size,
             "unfinished_uploads": kept.uploads,
             "estimated_usd_per_month": round(kept.usd_per_month, 4),
-            "rules_that_delete_objects_in_use": danger,
+            "rules_that_do_harm": [vars(danger) for danger in dangers],
         }
         print(to_json(fields))  # noqa: T201
     else:
@@ -56,15 +57,14 @@ def lifecycle_command(
         cost = f"${kept.usd_per_month:.2f}" if kept.usd_per_month >= 0.01 else "less than $0.01"
         note(
             f"{kept.versions} versions that were overwritten or deleted are kept, {size(kept.size)}: about "
-            f"{cost} a month at ${lifecycle.PRICE_PER_GB_MONTH} per GB and month; {kept.uploads} uploads are unfinished"
+            f"{cost} a month at ${lifecycle.PRICE_PER_GB_MONTH} per GB and month; {kept.uploads} uploads are unfinished, "
+            "whose bytes are not counted"
         )
         note(
             "the rule is set"
             if apply
             else "nothing has been changed; --apply sets the rule, beside those that the bucket has"
         )
-    for name in danger:
+    for danger in dangers:
         where = f"s3://{store.address.bucket}/{prefix}"
-        fail(
-            f"warning: the bucket's rule {name!r} deletes objects of this run that are in use; exclude {where} from it"
-        )
+        fail(f"warning: the bucket's rule {danger.rule!r} {danger.does}; exclude {where} from it")

@@ -3,8 +3,10 @@
 ::
 
     address      s3://bucket/prefix, access points                     preflight   what the server does, what we may do
-    connection   a boto3 client, errors in our words, retries          writer      one PUT, or parts over several connections
-    body         bytes on their way, without a copy                    reader      ranges over several connections
+    connection   a boto3 client, errors in our words, retries          probe       the throwaway key that finds it out
+    body         bytes on their way, without a copy                    writer      one PUT, or parts over several connections
+    listing      page by page                                          reader      ranges over several connections
+    deletion     in batches, for good or by a marker                   lifecycle   rules of the bucket, and what it keeps
 """
 
 from spotguard.stores.s3.options import S3Options

@@ -57,7 +57,20 @@ class S3Address:
         """In the form that `parse` takes."""
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
 
-    @property
-    def arn(self) -> str:
-        """As a policy names it."""
-        return self.bucket if self.bucket.startswith("arn:") else f"arn:aws:s3:::{self.bucket}"
+    def resource(self, partition: str = "aws", *, objects: bool = False) -> str:
+        """The bucket, or the objects below the prefix, as a policy names them.
+
+        Args:
+            partition: Of the region: ``"aws"``, ``"aws-cn"``, ``"aws-us-gov"``.
+            objects: Those, not the bucket.
+
+        Example:
+            >>> S3Address("bucket", "run-17/").resource(objects=True)
+            'arn:aws:s3:::bucket/run-17/*'
+        """
+        below = f"{self.prefix}*" if objects else ""
+        if self.bucket.startswith("arn:"):
+            return f"{self.bucket}/object/{below}" if objects else self.bucket
+        if self.bucket.endswith("-s3alias"):  # a policy takes the ARN only, and that is not known
+            return f"{'objects ' * objects}{below}{' of ' * objects}the access point {self.bucket}"
+        return f"arn:{partition}:s3:::{self.bucket}{'/' * objects}{below}"

@@ -147,10 +147,18 @@ class Connection:
         from urllib3.exceptions import HTTPError
 
         try:
-            answer: Answer = getattr(self.client, operation)(**params)
+            answer: Answer = getattr(self.client, operation)(**params | self._payer(operation))
         except (BotoCoreError, ClientError, HTTPError, ValueError, OSError) as error:
             raise translate(error, operation=operation, where=where, params=params) from error
         return answer
+
+    def _payer(self, operation: str) -> dict[str, str]:
+        """Who pays, for every operation that can be told."""
+        if not self.options.requester_pays:
+            return {}
+        meta = self.client.meta
+        shape = meta.service_model.operation_model(meta.method_to_api_mapping[operation]).input_shape
+        return {"RequestPayer": "requester"} if shape is not None and "RequestPayer" in shape.members else {}
 
     def _make(self) -> Any:
         import boto3

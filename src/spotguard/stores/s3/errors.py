@@ -2,6 +2,7 @@
 
 import datetime as dt
 import email.utils
+import re
 from typing import Any
 
 from spotguard._time import utc_now
@@ -22,14 +23,16 @@ class AccessDeniedError(StoreAccessError):
     """A permission is missing.
 
     Attributes:
-        permission: Its name in a policy, such as ``s3:PutObject``.
+        permission: Its name in a policy, such as ``s3:PutObject``: as the server says, else as the operation needs it.
+        said: What the server said.
     """
 
     permission = ""
+    said = ""
 
 
 class ArrivedDamagedError(StoreError):
-    """The parts of an upload do not make the object whose checksum we have told: to ask again would not change that."""
+    """The parts do not make the object whose checksum we have told, or another writer was in the way: the upload has to begin anew."""
 
 
 class NotOfferedError(StoreError):
@@ -52,13 +55,14 @@ _PERMISSIONS = {
     "list_multipart_uploads": "s3:ListBucketMultipartUploads",
     "get_bucket_versioning": "s3:GetBucketVersioning",
     "put_bucket_versioning": "s3:PutBucketVersioning",
+    "get_object_lock_configuration": "s3:GetBucketObjectLockConfiguration",
     "get_bucket_lifecycle_configuration": "s3:GetLifecycleConfiguration",
     "put_bucket_lifecycle_configuration": "s3:PutLifecycleConfiguration",
 }
 _WITH_VERSION = {"s3:GetObject": "s3:GetObjectVersion", "s3:DeleteObject": "s3:DeleteObjectVersion"}
 
 # Codes: https://docs.aws.amazon.com/AmazonS3/latest/API/ErrorResponses.html
-_MISSING = {"NoSuchKey", "NoSuchVersion", "NoSuchUpload", "NotFound", "404", "405", "MethodNotAllowed"}
+_MISSING = {"NoSuchKey", "NoSuchVersion", "NoSuchUpload", "NotFound", "404"}
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
 _WRONG_CREDENTIALS = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "AuthorizationHeaderMalformed"}
 _BROKEN_ON_THE_WAY = {
@@ -73,8 +77,19 @@ _BUSY = {
     "SlowDown", "ServiceUnavailable", "InternalError", "OperationAborted", "ConditionalRequestConflict",
     "RequestLimitExceeded", "Throttling", "ThrottlingException", "TooManyRequests",
 }  # fmt: skip
-_NOT_OFFERED = {"NotImplemented", "MissingContentMD5", "MissingContentLength", "UnsupportedOperation"}
+_NOT_OFFERED = {
+    "NotImplemented",
+    "MethodNotAllowed",
+    "MissingContentMD5",
+    "MissingContentLength",
+    "UnsupportedOperation",
+}
 _FULL = {"InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "EntityTooLarge"}
+# Amazon's message for whoever is denied: https://docs.aws.amazon.com/AmazonS3/latest/userguide/troubleshoot-403-errors.html
+_NAMED = re.compile(r"not authorized to perform: ([A-Za-z0-9-]+:\w+)")
+# The end of an upload that met another writer is not to be asked for again, as opposed to a PUT that did:
+# https://docs.aws.amazon.com/AmazonS3/latest/API/API_CompleteMultipartUpload.html
+_UPLOAD_SPENT = {"BadDigest", "XAmzContentChecksumMismatch", "ConditionalRequestConflict"}
 
 
 def code_of(error: BaseException) -> str:
@@ -142,7 +157,7 @@ def _from_server(error: Any, operation: str, where: str, params: dict[str, Any])
         return StoreAccessError(
             f"{where}: the bucket does not exist; check its name and the region, or make it: aws s3 mb s3://{params.get('Bucket')}"
         )
-    if code in ("BadDigest", "XAmzContentChecksumMismatch") and operation == "complete_multipart_upload":
+    if code in _UPLOAD_SPENT and operation == "complete_multipart_upload":
         return ArrivedDamagedError(f"{where}: {said}")
     if code in _BUSY or code in _BROKEN_ON_THE_WAY or status in (429, 500, 502, 503, 504):
         return TransientStoreError(f"{where}: {said}")
@@ -163,12 +178,14 @@ def _from_server(error: Any, operation: str, where: str, params: dict[str, Any])
     if status == 412 or code == "PreconditionFailed":
         return ObjectExistsError(f"{where} exists already")
     if status == 403 or code in ("AccessDenied", "403", "Forbidden", "AllAccessDisabled"):
-        denied = AccessDeniedError(
-            f"{where}: access denied ({said}); the permission that is needed: {permission(operation, params)}"
-        )
-        denied.permission = permission(operation, params)
+        named = _NAMED.search(said)
+        needed = named[1] if named else permission(operation, params)
+        denied = AccessDeniedError(f"{where}: access denied ({said}); the permission that is needed: {needed}")
+        denied.permission, denied.said = needed, said
         return denied
-    if code in _MISSING or status == 404:
+    refused = status == 405 or code in ("405", "MethodNotAllowed")
+    # A version that is a delete marker can be neither read nor asked about.
+    if code in _MISSING or status == 404 or (refused and operation in ("get_object", "head_object")):
         return ObjectNotFoundError(
             f"{where} does not exist ({code})" if code == "NoSuchUpload" else f"{where} does not exist"
         )
@@ -178,7 +195,7 @@ def _from_server(error: Any, operation: str, where: str, params: dict[str, Any])
         )
     if code == "PermanentRedirect":
         return ConfigError(f"{where}: the bucket is elsewhere ({said}); set region, or AWS_REGION")
-    if status == 501 or code in _NOT_OFFERED:
+    if refused or status == 501 or code in _NOT_OFFERED:
         return NotOfferedError(f"{where}: the server does not know {operation} ({said})")
     return StoreError(f"{where}: the server refuses {operation} with status {status}, {said}")
 

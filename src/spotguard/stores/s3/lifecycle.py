@@ -1,16 +1,32 @@
 """A lifecycle rule for what versions and interrupted uploads leave behind, and what that costs."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from spotguard.stores.s3.connection import Connection
 from spotguard.stores.s3.errors import code_of
+from spotguard.stores.s3.listing import pages
 
-__all__ = ["PRICE_PER_GB_MONTH", "Kept", "apply_rule", "endangering", "kept_versions", "lifecycle_rule", "rules_of"]
+__all__ = ["PRICE_PER_GB_MONTH", "Danger", "Kept", "apply_rule", "endangering", "kept_versions", "lifecycle_rule", "rules_of"]
 
 # S3 Standard in us-east-1, first 50 TB, in US dollars: https://aws.amazon.com/s3/pricing/
 PRICE_PER_GB_MONTH = 0.023
+# What has to be brought back before it can be read: https://docs.aws.amazon.com/AmazonS3/latest/userguide/storage-class-intro.html
+_ARCHIVES = {"GLACIER", "DEEP_ARCHIVE"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Danger:
+    """A rule of the bucket that harms the run.
+
+    Attributes:
+        rule: Its name.
+        does: What it does, in words.
+    """
+
+    rule: str
+    does: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +36,8 @@ class Kept:
     Attributes:
         versions: Objects that were overwritten or deleted and are still kept.
         size: Their bytes.
-        uploads: Multipart uploads that were begun and neither completed nor aborted.
+        uploads: Multipart uploads that were begun and neither completed nor aborted. Their bytes are not known: that would take a
+            request for each, and a permission of its own.
     """
 
     versions: int
@@ -76,38 +93,46 @@ def apply_rule(connection: Connection, rule: dict[str, Any]) -> None:
     connection.call("put_bucket_lifecycle_configuration", LifecycleConfiguration={"Rules": [*others, rule]})
 
 
-def endangering(rules: Sequence[dict[str, Any]], prefix: str) -> list[str]:
-    """Rules by which the bucket deletes objects of the run that are in use, by name.
+def endangering(rules: Sequence[dict[str, Any]], prefix: str, *, days: int = 0) -> list[Danger]:
+    """Rules by which the bucket harms the run.
+
+    Args:
+        rules: Of the bucket.
+        prefix: Of the run.
+        days: How long overwritten and deleted objects are to be kept.
 
     Example:
         >>> endangering([{"ID": "tidy", "Status": "Enabled", "Filter": {"Prefix": ""}, "Expiration": {"Days": 30}}], "run-17/")
-        ['tidy']
+        [Danger(rule='tidy', does='deletes objects of this run that are in use')]
     """
     found = []
     for rule in rules:
         filters = rule.get("Filter", {})
         begins = filters.get("Prefix", filters.get("And", {}).get("Prefix", rule.get("Prefix", "")))
-        expires = {"Days", "Date"} & set(rule.get("Expiration", {}))
-        if rule.get("Status") == "Enabled" and expires and (prefix.startswith(begins) or begins.startswith(prefix)):
-            found.append(str(rule.get("ID", "without a name")))
+        if rule.get("Status") == "Enabled" and (prefix.startswith(begins) or begins.startswith(prefix)):
+            found += [Danger(str(rule.get("ID", "without a name")), does) for does in _harm_of(rule, days)]
     return found
+
+
+def _harm_of(rule: dict[str, Any], days: int) -> Iterator[str]:
+    if {"Days", "Date"} & set(rule.get("Expiration", {})):
+        yield "deletes objects of this run that are in use"
+    if any(item.get("StorageClass") in _ARCHIVES for item in rule.get("Transitions", [])):
+        yield "moves objects of this run that are in use to an archive, where they cannot be read"
+    if any(item.get("StorageClass") in _ARCHIVES for item in rule.get("NoncurrentVersionTransitions", [])):
+        yield "moves overwritten and deleted objects of this run to an archive, where they cannot be read"
+    ends = rule.get("NoncurrentVersionExpiration", {})
+    kept = ends.get("NoncurrentDays", days)
+    if kept < days and "NewerNoncurrentVersions" not in ends:
+        yield f"ends overwritten and deleted objects of this run after {kept} days, sooner than {days}"
 
 
 def kept_versions(connection: Connection) -> Kept:
     """Count what the bucket keeps of the run besides what is visible."""
-    prefix, params = connection.address.prefix, dict[str, Any]()
     versions = size = uploads = 0
-    while True:
-        page = connection.call("list_object_versions", Prefix=prefix, **params)
+    for page in pages(connection, "list_object_versions"):
         old = [item for item in page.get("Versions", []) if not item["IsLatest"]]
         versions, size = versions + len(old), size + sum(item["Size"] for item in old)
-        if not page.get("IsTruncated"):
-            break
-        params = {"KeyMarker": page["NextKeyMarker"], "VersionIdMarker": page.get("NextVersionIdMarker", "")}
-    params = {}
-    while True:
-        page = connection.call("list_multipart_uploads", Prefix=prefix, **params)
+    for page in pages(connection, "list_multipart_uploads"):
         uploads += len(page.get("Uploads", []))
-        if not page.get("IsTruncated"):
-            return Kept(versions, size, uploads)
-        params = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+    return Kept(versions, size, uploads)

@@ -101,10 +101,9 @@ class S3Options:
     @property
     def get_params(self) -> dict[str, Any]:
         """Parameters of every request about the bytes of an object."""
-        params = self.request_params
-        if self.customer_key is not None:
-            params |= {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": self.customer_key}
-        return params
+        return (
+            {} if self.customer_key is None else {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": self.customer_key}
+        )
 
     @property
     def request_params(self) -> dict[str, Any]:

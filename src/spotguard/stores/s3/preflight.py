@@ -1,23 +1,38 @@
 """What the server does, and what we may do there: found out at the start with a throwaway key, not at the first save."""
 
-import base64
 import dataclasses
 import logging
-import secrets
 import warnings
-from typing import Any, Literal
+from collections.abc import Mapping
 
-from spotguard.errors import ConfigError, ObjectExistsError, StoreAccessError, StoreError
-from spotguard.stores.s3.connection import Answer, Connection
-from spotguard.stores.s3.errors import AccessDeniedError, NotOfferedError, permission
+from spotguard.errors import ConfigError, StoreAccessError, StoreError
+from spotguard.stores.s3.connection import Connection
+from spotguard.stores.s3.errors import AccessDeniedError, NotOfferedError
+from spotguard.stores.s3.probe import PROBE, Checksum, Probe, encode_crc, multipart_is_exclusive
 
-__all__ = ["PROBE", "Capabilities", "bucket_versions", "encode_crc", "multipart_is_exclusive", "preflight"]
+__all__ = [
+    "PROBE",
+    "Capabilities",
+    "bucket_versions",
+    "encode_crc",
+    "multipart_is_exclusive",
+    "preflight",
+    "versioning_of",
+    "warn_of_lacking",
+]
 
 logger = logging.getLogger(__name__)
 
-PROBE = "probe-"
-_BODY = b"spotguard finds out what this server does\n"
 _said: set[tuple[str, str]] = set()  # what has been said of a bucket in this process
+
+_UPLOADS_STAY = "uploads that a killed process left unfinished are kept, and paid for, until a lifecycle rule ends them"
+_WITHOUT = {
+    "s3:ListBucketVersions": "retention can only hide what it deletes, and a deleted checkpoint cannot be listed or restored",
+    "s3:DeleteObjectVersion": "retention can only hide what it deletes: it is kept, and paid for, until a lifecycle rule ends it",
+    "s3:ListBucketMultipartUploads": _UPLOADS_STAY,
+    "s3:AbortMultipartUpload": _UPLOADS_STAY,
+}
+_ON_THE_BUCKET = {"s3:ListBucket", "s3:ListBucketVersions", "s3:ListBucketMultipartUploads"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,50 +46,46 @@ class Capabilities:
     """
 
     exclusive: bool
-    checksum: Literal["crc64nvme", "crc32c"] | None
+    checksum: Checksum | None
     versions: bool
 
 
-def encode_crc(value: int, bits: int = 64) -> str:
-    """A CRC as S3 has it in headers: base64 of its bytes, the highest first.
-
-    Example:
-        >>> encode_crc(0xAE8B14860A799888)
-        'rosUhgp5mIg='
-    """
-    return base64.b64encode(value.to_bytes(bits // 8, "big")).decode()
+def versioning_of(connection: Connection) -> str | None:
+    """``"Enabled"``, ``"Suspended"``, or empty where versions never were; None where we may not ask, or cannot, as at an access point."""
+    try:
+        return str(connection.call("get_bucket_versioning").get("Status", ""))
+    except (AccessDeniedError, NotOfferedError):
+        return None
 
 
 def bucket_versions(connection: Connection) -> bool | None:
-    """Whether the bucket keeps versions; None where we may not ask."""
-    try:
-        return connection.call("get_bucket_versioning").get("Status") == "Enabled"
-    except AccessDeniedError:
-        return None
-    except NotOfferedError:
-        return False
+    """Whether the bucket keeps versions; None where that cannot be asked: then what is written tells."""
+    status = versioning_of(connection)
+    return None if status is None else status == "Enabled"
 
 
 def preflight(connection: Connection) -> Capabilities:
-    """List, write, write exclusively, write with a wrong checksum, read back and delete.
+    """List, write, write exclusively, write with a wrong checksum, read back, delete, and look for what others left behind.
 
     Raises:
-        StoreAccessError: Names every permission that is missing.
+        StoreAccessError: Names every permission that is missing and that a run cannot do without.
         ConfigError: The bucket does not keep versions, or the server cannot create exclusively, and that is required.
     """
     versions = _versions_as_wanted(connection)
-    probe = _Probe(connection)
+    probe = Probe(connection)
     try:
-        probe.attempt("list_objects_v2", Prefix=connection.address.prefix, MaxKeys=1)
+        probe.lists()
         exclusive = probe.finds_exclusive()
         checksum = probe.finds_checksum()
         probe.reads_back()
     finally:
         probe.clean_up()
-    probe.raise_denied()
     if versions is None:
         versions = probe.versions
+    _raise_denied(connection, probe.denied)
     _check(connection, exclusive=exclusive, versions=versions)
+    probe.looks_for_remains(versions=versions)
+    warn_of_lacking(connection, probe.lacking)
     if checksum is None:
         _say_once(
             connection, "the server compares no checksum with what it is sent; damage on the way to it is found on load"
@@ -82,159 +93,66 @@ def preflight(connection: Connection) -> Capabilities:
     return Capabilities(exclusive, checksum, versions)
 
 
-def multipart_is_exclusive(connection: Connection) -> bool:
-    """Whether a multipart upload can be told not to replace what is there. Asked only where one is about to."""
-    key, options = PROBE + secrets.token_hex(8), connection.options
-    connection.call("put_object", key, Body=_BODY, **options.put_params)
-    upload = connection.call("create_multipart_upload", key, **options.put_params)["UploadId"]
+def warn_of_lacking(connection: Connection, lacking: Mapping[str, AccessDeniedError]) -> None:
+    """Say, once, which permissions a run does without, and what that comes to."""
+    bucket = connection.address.bucket
+    new = {name: error for name, error in lacking.items() if (bucket, name) not in _said}
+    _said.update((bucket, name) for name in new)
+    lines = [f"{_where(connection, name, error)}: {_WITHOUT[name]}" for name, error in new.items()]
+    locked = _lock_of(connection) if "s3:DeleteObjectVersion" in new else None
+    if locked is not None:  # whoever has all permissions is told the same
+        lines = [line for line in lines if "s3:DeleteObjectVersion" not in line]
+        warnings.warn(
+            f"bucket {bucket} locks every object for {locked}: retention can only hide what it deletes; it is kept, and paid for, "
+            "until its lock has ended and a lifecycle rule deletes it ('spotguard s3 lifecycle')",
+            UserWarning,
+            stacklevel=2,
+        )
+    if lines:
+        warnings.warn(
+            f"{connection.address.uri}: these permissions are missing, and a run can do without:\n  "
+            + "\n  ".join(lines),
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _lock_of(connection: Connection) -> str | None:
+    """For how long the bucket locks what is written; None where it does not, or we may not ask."""
     try:
-        part = connection.call("upload_part", key, UploadId=upload, PartNumber=1, Body=_BODY, **options.get_params)
-        parts = {"Parts": [{"PartNumber": 1, "ETag": part["ETag"]}]}
-        connection.call(
-            "complete_multipart_upload",
-            key,
-            UploadId=upload,
-            MultipartUpload=parts,
-            IfNoneMatch="*",
-            **options.request_params,
-        )
-    except ObjectExistsError:
-        connection.call("abort_multipart_upload", key, UploadId=upload, **options.request_params)
-        return True
-    except NotOfferedError:
-        return False
-    finally:
-        for version in connection.call("list_object_versions", Prefix=connection.address.prefix + key).get(
-            "Versions", [{}]
-        ):
-            connection.call(
-                "delete_object", key, **({"VersionId": version["VersionId"]} if "VersionId" in version else {})
-            )
-    return False
-
-
-class _Probe:
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._key = PROBE + secrets.token_hex(8)
-        self._denied: dict[str, None] = {}
-        self._written: list[Answer] = []
-
-    @property
-    def versions(self) -> bool:
-        """Whether what was written has got a version."""
-        return any(answer.get("VersionId", "null") != "null" for answer in self._written)
-
-    def attempt(self, operation: str, key: str | None = None, **params: Any) -> Answer | None:
-        """Make a request; None where we may not."""
-        try:
-            return self._connection.call(operation, key, **params)
-        except AccessDeniedError as error:
-            self._denied[error.permission or str(error)] = None
-            return None
-
-    def put(self, **params: Any) -> bool:
-        """Write the probe; False where we may not."""
-        answer = self.attempt(
-            "put_object",
-            self._key,
-            recover=self._after_a_lost_answer,
-            Body=_BODY,
-            **params,
-            **self._connection.options.put_params,
-        )
-        if answer is not None:
-            self._written.append(answer)
-        return answer is not None
-
-    def _after_a_lost_answer(self) -> Answer | None:
-        """The key is ours alone: the first of our requests has got through, unless one before it has."""
-        if self._written:
-            return None
-        return self._connection.call("head_object", self._key, **self._connection.options.get_params)
-
-    def finds_exclusive(self) -> bool:
-        """The first exclusive create works, and the second does not."""
-        try:
-            if not self.put(IfNoneMatch="*"):
-                return True  # nothing was found out; what is missing is said by `raise_denied`
-        except NotOfferedError:
-            self.put()
-            return False
-        try:
-            self.put(IfNoneMatch="*")
-        except ObjectExistsError:
-            return True
-        return False
-
-    def finds_checksum(self) -> Literal["crc64nvme", "crc32c"] | None:
-        """The strongest whose wrong value is refused and whose right one is not."""
-        from awscrt.checksums import crc32c, crc64nvme
-
-        if not self._written:
-            return None
-        right = {"ChecksumCRC64NVME": encode_crc(crc64nvme(_BODY)), "ChecksumCRC32C": encode_crc(crc32c(_BODY), 32)}
-        wrong = {
-            "ChecksumCRC64NVME": encode_crc(crc64nvme(_BODY) ^ 1),
-            "ChecksumCRC32C": encode_crc(crc32c(_BODY) ^ 1, 32),
-        }
-        names: dict[str, Literal["crc64nvme", "crc32c"]] = {
-            "ChecksumCRC64NVME": "crc64nvme",
-            "ChecksumCRC32C": "crc32c",
-        }
-        for field, name in names.items():
-            try:
-                self.put(**{field: right[field]})
-            except StoreError:
-                continue  # unknown to the server
-            try:
-                self.put(tries=1, **{field: wrong[field]})
-            except StoreError:
-                return name
+        answer = connection.call("get_object_lock_configuration", tries=3)
+    except StoreError:
         return None
+    rule = answer.get("ObjectLockConfiguration", {}).get("Rule", {}).get("DefaultRetention", {})
+    length = f"{rule['Years']} years" if rule.get("Years") else f"{rule['Days']} days" if rule.get("Days") else None
+    return length and f"{length} ({rule.get('Mode', 'Object Lock')})"
 
-    def reads_back(self) -> None:
-        """What was written is what is there."""
-        if not self._written:
-            return
-        answer = self.attempt("get_object", self._key, **self._connection.options.get_params)
-        if answer is not None and answer["Body"].read() != _BODY:
-            raise StoreError(
-                f"{self._connection.uri(self._key)} was written and reads back as something else; is this an S3 server?"
-            )
-        if self.versions and (version := self._written[-1].get("VersionId")):
-            answer = self.attempt("get_object", self._key, VersionId=version, **self._connection.options.get_params)
-            if answer is not None:
-                answer["Body"].close()
 
-    def clean_up(self) -> None:
-        """Leave nothing behind."""
-        for version in {answer.get("VersionId") for answer in self._written}:
-            try:
-                self.attempt("delete_object", self._key, **({"VersionId": version} if version else {}))
-            except StoreError as error:
-                logger.debug("the probe could not be deleted: %s", error)
-
-    def raise_denied(self) -> None:
-        """Say everything that is missing at once."""
-        if not self._denied:
-            return
-        address = self._connection.address
-        on_bucket = {permission("list_objects_v2", {}), permission("list_object_versions", {})}
-        lines = [
-            f"  {name} on {address.arn}" + ("" if name in on_bucket else f"/{address.prefix}*") for name in self._denied
-        ]
+def _raise_denied(connection: Connection, denied: Mapping[str, AccessDeniedError]) -> None:
+    """Say everything that is missing at once."""
+    if denied:
+        lines = [f"  {_where(connection, name, error)}" for name, error in denied.items()]
         raise StoreAccessError(
-            f"{address.uri}: these permissions are missing:\n" + "\n".join(lines) + "\n"
+            f"{connection.address.uri}: these permissions are missing:\n" + "\n".join(lines) + "\n"
             "Add them to the policy of the user or role; docs/how-to/s3.md has a minimal one"
         )
+
+
+def _where(connection: Connection, name: str, error: AccessDeniedError) -> str:
+    """A permission and what it is for; with the words of the server, which knows better: of a key of KMS, say."""
+    address, partition = connection.address, connection.client.meta.partition
+    on = f" on {address.resource(partition, objects=name not in _ON_THE_BUCKET)}" if name.startswith("s3:") else ""
+    return f"{name}{on} ({error.said})"
 
 
 def _versions_as_wanted(connection: Connection) -> bool | None:
     wanted, bucket = connection.options.versioning, connection.address.bucket
     versions = bucket_versions(connection)
     if wanted == "enable" and not versions:
-        connection.call("put_bucket_versioning", VersioningConfiguration={"Status": "Enabled"})
+        try:
+            connection.call("put_bucket_versioning", VersioningConfiguration={"Status": "Enabled"})
+        except NotOfferedError:  # by way of an access point, say; then what is written tells
+            return None
         versions = bucket_versions(connection)
         logger.info("versioning is now on in bucket %s", bucket)
     return versions

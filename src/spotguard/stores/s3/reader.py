@@ -38,6 +38,7 @@ class S3Reader:
         self._connection, self._key = connection, key
         self._position = 0
         self._pin: dict[str, Any] = {"VersionId": version} if version is not None else {}
+        self._is_fixed = version not in (None, "null")  # what has no version, or that one, can be written over
         first = memoryview(bytearray(_HEAD))
         self.size = -1
         try:
@@ -152,9 +153,9 @@ class S3Reader:
             )
         if self.size < 0:
             self.size = size
-            if not self._pin:
-                version = answer.get("VersionId")
-                self._pin = {"VersionId": version} if version else {"IfMatch": answer["ETag"]}
+            if not self._is_fixed:
+                pins = {"VersionId": answer.get("VersionId"), "IfMatch": answer.get("ETag")}
+                self._pin |= {name: value for name, value in pins.items() if value}
         elif size != self.size:
             raise StoreError(f"{where} had {self.size} bytes and now has {size}")
 

@@ -1,12 +1,12 @@
 """Objects in a bucket."""
 
 import contextlib
-import email.utils
+import datetime as dt
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from spotguard.errors import ConfigError, ObjectExistsError, ObjectNotFoundError, StoreError, TransientStoreError
+from spotguard.errors import ConfigError, ObjectExistsError, ObjectNotFoundError
 from spotguard.stores.base import (
     ObjectInfo,
     ObjectReader,
@@ -18,15 +18,23 @@ from spotguard.stores.base import (
 )
 from spotguard.stores.s3.address import S3Address
 from spotguard.stores.s3.connection import Answer, Connection
+from spotguard.stores.s3.deletion import delete_for_good, delete_or_hide, without_versions
 from spotguard.stores.s3.errors import AccessDeniedError, NotOfferedError
+from spotguard.stores.s3.listing import pages, server_time
 from spotguard.stores.s3.options import S3Options
-from spotguard.stores.s3.preflight import PROBE, Capabilities, bucket_versions, multipart_is_exclusive, preflight
+from spotguard.stores.s3.preflight import (
+    PROBE,
+    Capabilities,
+    bucket_versions,
+    multipart_is_exclusive,
+    preflight,
+    versioning_of,
+    warn_of_lacking,
+)
 from spotguard.stores.s3.reader import S3Reader
 from spotguard.stores.s3.writer import S3Writer, digest_in
 
 __all__ = ["S3ObjectStore"]
-
-_BATCH = 1000  # keys in one request to delete: https://docs.aws.amazon.com/AmazonS3/latest/API/API_DeleteObjects.html
 
 _PROBE_AGE_S = 600.0  # after which the start that wrote a probe is dead: a preflight takes a second
 
@@ -56,6 +64,8 @@ class S3ObjectStore:
         self._lock = threading.Lock()
         self._able: Capabilities | None = None
         self._versions: bool | None = None
+        self._versions_are_guessed = False
+        self._lists_versions = self._ends_versions = True  # until we are told that we may not
         self._exclusive_multipart: bool | None = None
         self._probes_discarded = False
         self._seen = False  # that the bucket is there
@@ -71,7 +81,7 @@ class S3ObjectStore:
         with self._lock:
             if self._able is None:
                 self._able = preflight(self.connection)
-                self._versions = self._able.versions
+                self._versions, self._versions_are_guessed = self._able.versions, False
             return self._able
 
     def preflight(self) -> None:
@@ -127,65 +137,80 @@ class S3ObjectStore:
         """
         check_prefix(prefix)
         if self._has_versions():
-            with contextlib.suppress(AccessDeniedError, NotOfferedError):
-                found = (info for info, latest, marker in self._list_versions(prefix) if latest and not marker)
-                return iter(sorted(found, key=lambda info: info.key))
+            try:
+                found = [info for info, latest, marker in self._list_versions(prefix) if latest and not marker]
+            except (AccessDeniedError, NotOfferedError) as error:
+                self._lists_versions = False
+                if isinstance(error, AccessDeniedError):
+                    warn_of_lacking(self.connection, {"s3:ListBucketVersions": error})
+            else:
+                self._lists_versions = True
+                if found or not self._versions_are_guessed:
+                    return iter(sorted(found, key=lambda info: info.key))
         return iter(sorted(self._list_current(prefix), key=lambda info: info.key))
 
     def delete(self, refs: Iterable[ObjectRef]) -> None:
-        """See `ObjectStore.delete`. With a version that version is gone for good, without one a bucket with versions keeps it."""
-        wanted = [
-            {"Key": self.address.prefix + check_key(ref.key)} | ({"VersionId": ref.version} if ref.version else {})
-            for ref in refs
-        ]
-        for start in range(0, len(wanted), _BATCH):
-            self._delete(wanted[start : start + _BATCH])
+        """See `ObjectStore.delete`. With a version that version is gone for good, without one a bucket with versions keeps it.
+
+        Where versions may not be listed, or not be deleted, for want of a permission or because of a lock, everything is hidden under a
+        delete marker: manifests and shards alike, so that what is brought back is whole.
+        """
+        wanted = [ObjectRef(check_key(ref.key), ref.version) for ref in refs]
+        if not (self._lists_versions and self._ends_versions):
+            wanted = without_versions(wanted)
+        for error in delete_or_hide(self.connection, wanted).values():
+            self._ends_versions = False
+            warn_of_lacking(self.connection, {"s3:DeleteObjectVersion": error})
 
     def discard_partials(self, is_stale: Callable[[str], bool]) -> Sequence[str]:
         """See `ObjectStore.discard_partials`: uploads that were never completed, and probes of starts that died."""
         gone = []
         with contextlib.suppress(AccessDeniedError, NotOfferedError):
-            for key, upload in [*self._uploads()]:
-                if is_stale(key):
+            for key, upload, old in [*self._dated_uploads()]:
+                if is_stale(key) or (key.startswith(PROBE) and old):
                     with contextlib.suppress(ObjectNotFoundError):
-                        self.connection.call(
-                            "abort_multipart_upload", key, UploadId=upload, **self.connection.options.request_params
-                        )
+                        self.connection.call("abort_multipart_upload", key, UploadId=upload)
                     gone.append(key)
         if not self._probes_discarded:
             self._probes_discarded = True
             with contextlib.suppress(AccessDeniedError, NotOfferedError):
-                self.delete(list(self._old_probes()))
+                delete_for_good(self.connection, list(self._old_probes()))
         return gone
 
     def _uploads(self) -> Iterator[tuple[str, str]]:
-        params: dict[str, Any] = {}
-        while True:
-            page = self.connection.call(
-                "list_multipart_uploads",
-                Prefix=self.address.prefix,
-                **params,
-                **self.connection.options.request_params,
-            )
+        return ((key, upload) for key, upload, _ in self._dated_uploads())
+
+    def _dated_uploads(self) -> Iterator[tuple[str, str, bool]]:
+        """Key and id of every upload, and whether it is too old for a probe that somebody is at."""
+        for page in pages(self.connection, "list_multipart_uploads"):
             for upload in page.get("Uploads", []):
-                yield upload["Key"].removeprefix(self.address.prefix), upload["UploadId"]
-            if not page.get("IsTruncated"):
-                return
-            params = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+                old = _is_old(upload.get("Initiated"), server_time(page))
+                yield upload["Key"].removeprefix(self.address.prefix), upload["UploadId"], old
 
     def _old_probes(self) -> Iterator[ObjectRef]:
-        """Probes, each version, that nobody can be at any more. By the server's clock on both sides."""
-        page = self.connection.call("list_object_versions", Prefix=self.address.prefix + PROBE)
-        now = email.utils.parsedate_to_datetime(page["ResponseMetadata"]["HTTPHeaders"]["date"])
-        for item in [*page.get("Versions", []), *page.get("DeleteMarkers", [])]:
-            if (now - item["LastModified"]).total_seconds() >= _PROBE_AGE_S:
-                version = item["VersionId"] if self._has_versions() else None
-                yield ObjectRef(item["Key"].removeprefix(self.address.prefix), version)
+        """Probes, each version, that nobody can be at any more."""
+        versions = self._has_versions()
+        for page in pages(self.connection, "list_object_versions" if versions else "list_objects_v2", PROBE):
+            for item in [*page.get("Versions", []), *page.get("DeleteMarkers", []), *page.get("Contents", [])]:
+                if _is_old(item["LastModified"], server_time(page)):
+                    yield ObjectRef(item["Key"].removeprefix(self.address.prefix), item.get("VersionId"))
 
     def deleted(self, prefix: str) -> Iterator[ObjectInfo]:
-        """See `VersionedStore.deleted`."""
+        """See `VersionedStore.deleted`.
+
+        Raises:
+            ConfigError: The bucket has never kept versions.
+        """
+        status, found = versioning_of(self.connection), [*self._list_versions(check_prefix(prefix))]
+        none = status is None and found and all(info.version == "null" for info, _, _ in found)
+        if status == "" or none:
+            bucket = self.address.bucket
+            raise ConfigError(
+                f"{self.uri}: bucket {bucket} does not keep versions, so what was deleted is gone. For the future turn them on: "
+                f"aws s3api put-bucket-versioning --bucket {bucket} --versioning-configuration Status=Enabled"
+            )
         hidden = set[str]()
-        for info, latest, marker in self._list_versions(check_prefix(prefix)):
+        for info, latest, marker in found:
             if latest and marker:
                 hidden.add(info.key)
             elif not marker and info.key in hidden:  # the newest version of a key comes first
@@ -196,69 +221,22 @@ class S3ObjectStore:
         """See `VersionedStore.undelete`: removes its delete markers."""
         found = [entry for entry in self._list_versions(check_key(key)) if entry[0].key == key]
         if any(latest and marker for _, latest, marker in found):
-            self.delete(info.ref for info, _, marker in found if marker)
-
-    def _delete(self, batch: Sequence[dict[str, str]]) -> None:
-        try:
-            answer = self.connection.call(
-                "delete_objects", Delete={"Objects": [*batch], "Quiet": True}, **self.connection.options.request_params
-            )
-        except NotOfferedError:
-            for item in batch:
-                params: dict[str, Any] = {"VersionId": item["VersionId"]} if "VersionId" in item else {}
-                with contextlib.suppress(ObjectNotFoundError):
-                    self.connection.call(
-                        "delete_object",
-                        item["Key"].removeprefix(self.address.prefix),
-                        **params,
-                        **self.connection.options.request_params,
-                    )
-            return
-        errors = [
-            error for error in answer.get("Errors", []) if error.get("Code") not in ("NoSuchKey", "NoSuchVersion")
-        ]
-        if errors:
-            first = errors[0]
-            where = f"s3://{self.address.bucket}/{first.get('Key')}"
-            kind = StoreError
-            if first.get("Code") == "AccessDenied":
-                kind = AccessDeniedError
-            elif first.get("Code") in ("InternalError", "SlowDown", "ServiceUnavailable"):
-                kind = TransientStoreError
-            raise kind(
-                f"{where} could not be deleted ({first.get('Code')}: {first.get('Message', '')}), {len(errors)} in all"
-            )
+            for error in delete_for_good(self.connection, [info.ref for info, _, marker in found if marker]).values():
+                raise error
 
     def _list_current(self, prefix: str) -> Iterator[ObjectInfo]:
-        params: dict[str, Any] = {}
-        while True:
-            page = self.connection.call(
-                "list_objects_v2",
-                Prefix=self.address.prefix + prefix,
-                **params,
-                **self.connection.options.request_params,
-            )
+        for page in pages(self.connection, "list_objects_v2", prefix):
             self._seen = True
             for item in page.get("Contents", []):
                 if not item["Key"].endswith("/"):  # a "folder" that some console has made
                     yield ObjectInfo(item["Key"].removeprefix(self.address.prefix), item["Size"])
-            if not page.get("IsTruncated"):
-                return
-            params = {"ContinuationToken": page["NextContinuationToken"]}
 
     def _list_versions(self, prefix: str) -> Iterator[tuple[ObjectInfo, bool, bool]]:
         """Every version below a prefix: what it is, whether it is the latest of its key, whether it is a delete marker.
 
         Versions come in the order of the keys, the newest of a key first. A marker comes before the versions that it hides.
         """
-        params: dict[str, Any] = {}
-        while True:
-            page = self.connection.call(
-                "list_object_versions",
-                Prefix=self.address.prefix + prefix,
-                **params,
-                **self.connection.options.request_params,
-            )
+        for page in pages(self.connection, "list_object_versions", prefix):
             self._seen = True
             for name in ("DeleteMarkers", "Versions"):
                 for item in page.get(name, []):
@@ -266,13 +244,11 @@ class S3ObjectStore:
                         key = item["Key"].removeprefix(self.address.prefix)
                         info = ObjectInfo(key, item.get("Size", 0), item["VersionId"])
                         yield info, item["IsLatest"], name == "DeleteMarkers"
-            if not page.get("IsTruncated"):
-                return
-            params = {"KeyMarker": page["NextKeyMarker"], "VersionIdMarker": page.get("NextVersionIdMarker", "")}
 
     def _has_versions(self) -> bool:
         if self._versions is None:
-            self._versions = bucket_versions(self.connection) is not False  # where we may not ask, the listing tells
+            told = bucket_versions(self.connection)
+            self._versions, self._versions_are_guessed = told is not False, told is None
         return self._versions
 
     def _multipart_is_exclusive(self) -> bool:
@@ -293,11 +269,14 @@ class S3ObjectStore:
 
     def _check_bucket(self) -> None:
         if not self._seen:
-            self.connection.call(
-                "list_objects_v2", Prefix=self.address.prefix, MaxKeys=1, **self.connection.options.request_params
-            )
+            self.connection.call("list_objects_v2", Prefix=self.address.prefix, MaxKeys=1)
             self._seen = True
 
     def _version_in(self, answer: Answer) -> str | None:
         version = answer.get("VersionId")
         return version if version and self._has_versions() else None
+
+
+def _is_old(since: dt.datetime | None, now: dt.datetime) -> bool:
+    """Whether a probe of that time is of a start that died. By the server's clock on both sides."""
+    return since is not None and (now - since).total_seconds() >= _PROBE_AGE_S
