@@ -110,6 +110,12 @@ def test_the_permission_to_delete_versions_is_one_that_a_run_can_do_without(moto
     assert list(store_of(moto, "without-delete-version").list("")) == []
 
 
+def test_whoever_only_reads_is_told_nothing_of_what_it_takes_to_delete(moto: S3Server) -> None:
+    CheckpointStore(store_of(moto, "read-only")).save({"model": {"weight": [1.0]}}, step=1)
+    reader = moto.restricted("s3:ListBucket", "s3:GetBucketVersioning", "s3:GetObject", "s3:GetObjectVersion")
+    assert CheckpointStore(store_of(reader, "read-only")).load()["model"]["weight"] == [1.0]
+
+
 def test_nobody_needs_to_be_allowed_to_ask_whether_there_are_versions(moto: S3Server) -> None:
     user = moto.restricted(*(action for action in ALL if action != "s3:GetBucketVersioning"))
     assert store_of(user, "unasked").able.versions
@@ -211,7 +217,7 @@ def test_the_documented_policy_is_enough(moto: S3Server) -> None:
     "action",
     [
         "s3:ListBucket", "s3:ListBucketVersions", "s3:ListBucketMultipartUploads", "s3:GetObject", "s3:GetObjectVersion",
-        "s3:PutObject", "s3:AbortMultipartUpload",
+        "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload",
     ],
 )  # fmt: skip
 def test_the_documented_policy_is_the_least(moto: S3Server, action: str) -> None:

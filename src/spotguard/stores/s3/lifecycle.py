@@ -8,7 +8,16 @@ from spotguard.stores.s3.connection import Connection
 from spotguard.stores.s3.errors import code_of
 from spotguard.stores.s3.listing import pages
 
-__all__ = ["PRICE_PER_GB_MONTH", "Danger", "Kept", "apply_rule", "endangering", "kept_versions", "lifecycle_rule", "rules_of"]
+__all__ = [
+    "PRICE_PER_GB_MONTH",
+    "Danger",
+    "Kept",
+    "apply_rule",
+    "endangering",
+    "kept_versions",
+    "lifecycle_rule",
+    "rules_of",
+]
 
 # S3 Standard in us-east-1, first 50 TB, in US dollars: https://aws.amazon.com/s3/pricing/
 PRICE_PER_GB_MONTH = 0.023

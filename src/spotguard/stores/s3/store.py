@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from spotguard.errors import ConfigError, ObjectExistsError, ObjectNotFoundError
+from spotguard.errors import ConfigError, ObjectExistsError, ObjectNotFoundError, StoreError
 from spotguard.stores.base import (
     ObjectInfo,
     ObjectReader,
@@ -65,7 +65,7 @@ class S3ObjectStore:
         self._able: Capabilities | None = None
         self._versions: bool | None = None
         self._versions_are_guessed = False
-        self._lists_versions = self._ends_versions = True  # until we are told that we may not
+        self._denied: dict[str, StoreError] = {}  # why versions cannot be deleted for good, by permission
         self._exclusive_multipart: bool | None = None
         self._probes_discarded = False
         self._seen = False  # that the bucket is there
@@ -140,11 +140,9 @@ class S3ObjectStore:
             try:
                 found = [info for info, latest, marker in self._list_versions(prefix) if latest and not marker]
             except (AccessDeniedError, NotOfferedError) as error:
-                self._lists_versions = False
-                if isinstance(error, AccessDeniedError):
-                    warn_of_lacking(self.connection, {"s3:ListBucketVersions": error})
+                self._denied["s3:ListBucketVersions"] = error
             else:
-                self._lists_versions = True
+                self._denied.pop("s3:ListBucketVersions", None)
                 if found or not self._versions_are_guessed:
                     return iter(sorted(found, key=lambda info: info.key))
         return iter(sorted(self._list_current(prefix), key=lambda info: info.key))
@@ -156,11 +154,11 @@ class S3ObjectStore:
         delete marker: manifests and shards alike, so that what is brought back is whole.
         """
         wanted = [ObjectRef(check_key(ref.key), ref.version) for ref in refs]
-        if not (self._lists_versions and self._ends_versions):
-            wanted = without_versions(wanted)
-        for error in delete_or_hide(self.connection, wanted).values():
-            self._ends_versions = False
-            warn_of_lacking(self.connection, {"s3:DeleteObjectVersion": error})
+        hidden = delete_or_hide(self.connection, without_versions(wanted) if self._denied else wanted)
+        if hidden:
+            self._denied["s3:DeleteObjectVersion"] = next(iter(hidden.values()))
+        denied = {name: error for name, error in self._denied.items() if isinstance(error, AccessDeniedError)}
+        warn_of_lacking(self.connection, denied)
 
     def discard_partials(self, is_stale: Callable[[str], bool]) -> Sequence[str]:
         """See `ObjectStore.discard_partials`: uploads that were never completed, and probes of starts that died."""
