@@ -112,9 +112,7 @@ class S3Writer:
 
     def _abort(self, upload: str) -> None:
         with contextlib.suppress(SpotguardError):  # `discard_partials` finds it later
-            self._connection.call(
-                "abort_multipart_upload", self._key, UploadId=upload, tries=3, **self._connection.options.request_params
-            )
+            self._connection.call("abort_multipart_upload", self._key, UploadId=upload, tries=3)
 
     def _fit_parts(self, coming: int) -> None:
         """Make parts larger where those left would not be enough: for what is known to come, and for what may follow."""
@@ -249,9 +247,8 @@ class S3Writer:
                 "ChecksumType": "FULL_OBJECT",
                 "MpuObjectSize": self._size,
             }
-        params |= (
-            self._connection.options.get_params if self._able.checksum else self._connection.options.request_params
-        )
+        if self._able.checksum:
+            params |= self._connection.options.get_params
         try:
             answer = self._connection.call(
                 "complete_multipart_upload",
