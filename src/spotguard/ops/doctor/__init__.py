@@ -92,9 +92,7 @@ def _skew_of(store: ObjectStore) -> float | None:
         return None
     began = time.time()
     try:
-        answer = store.connection.call(
-            "list_objects_v2", Prefix=store.address.prefix, MaxKeys=1, **store.connection.options.request_params
-        )
+        answer = store.connection.call("list_objects_v2", Prefix=store.address.prefix, MaxKeys=1)
     except (SpotguardError, OSError):
         return None
     return skew(answer["ResponseMetadata"]["HTTPHeaders"], (began + time.time()) / 2)

@@ -104,8 +104,3 @@ class S3Options:
         return (
             {} if self.customer_key is None else {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": self.customer_key}
         )
-
-    @property
-    def request_params(self) -> dict[str, Any]:
-        """Parameters of every request."""
-        return {"RequestPayer": "requester"} if self.requester_pays else {}
