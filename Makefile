@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 AZURITE_VERSION := 3.35.0
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench matrix clean
+.PHONY: demo test soak lint bench matrix clean
 
 demo: $(READY)
 	$(BIN)/spotguard rehearse --output rehearsal -- $(BIN)/python examples/digits/train.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+soak: $(READY)
+	FAULTED_SAVES=2000 $(BIN)/python -m pytest --timeout 3600 tests/faults/test_s3_trouble.py -k over_a_faulty_network
 
 lint: $(READY)
 	$(BIN)/ruff check .

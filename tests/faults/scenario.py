@@ -52,29 +52,38 @@ def state_at(step: int) -> dict[str, Any]:
     }
 
 
-@functools.cache
-def snapshot_at(step: int) -> Snapshot:
-    """The images of that state, each in a buffer of its own, so that they stay valid."""
-    trees = state_at(step)
+def snapshot_of(step: int, state: dict[str, Any]) -> Snapshot:
+    """The images of a state, each in a buffer of its own, so that they stay valid."""
     images = (
         ShardImage(name, 0 if name[:4] == "rank" else None, HostBuffers().capture(name, tree))
-        for name, tree in trees.items()
+        for name, tree in state.items()
     )
     return Snapshot(step, 0, step, finished=False, shards=tuple(images))
+
+
+@functools.cache
+def snapshot_at(step: int) -> Snapshot:
+    """The images of `state_at`."""
+    return snapshot_of(step, state_at(step))
 
 
 def ignore(_: Event) -> None:
     """An event hook."""
 
 
-def save(store: ObjectStore, *steps: int, keep: int = KEEP, expect: bool = True) -> Writer:
+def save(
+    store: ObjectStore,
+    *steps: int,
+    keep: int = KEEP,
+    expect: bool = True,
+    snapshot: Callable[[int], Snapshot] = snapshot_at,
+) -> Writer:
     """Start as the guard does, claim and resume, then commit these steps and sweep behind each."""
     run = open_run(store)
     claim = claim_attempt(store)
     checkpoint = resolve(store, run_id=run.run_id, load=True).require()
-    return write(
-        store, run.run_id, claim.attempt, checkpoint.manifest if checkpoint else None, *steps, keep=keep, expect=expect
-    )
+    manifest = checkpoint.manifest if checkpoint else None
+    return write(store, run.run_id, claim.attempt, manifest, *steps, keep=keep, expect=expect, snapshot=snapshot)
 
 
 def write(
@@ -85,11 +94,12 @@ def write(
     *steps: int,
     keep: int = KEEP,
     expect: bool = True,
+    snapshot: Callable[[int], Snapshot] = snapshot_at,
 ) -> Writer:
     """Commit these steps in an attempt that is claimed already."""
     writer = Writer(store, run_id=run_id, attempt=attempt, retention=KeepNewest(keep), publish=ignore, resumed=resumed)
     for step in steps:
-        writer.submit(snapshot_at(step), {"step": float(step)})
+        writer.submit(snapshot(step), {"step": float(step)})
         writer.drain()
         if expect:
             assert writer.error is None, writer.error
@@ -206,6 +216,7 @@ def end_child(action: Callable[[], object]) -> None:
     """Do what a child is for, and never return into the tests."""
     status = 99
     try:
+        torch.set_num_threads(1)  # torch would wait for ever for threads that only the parent has
         action()
         status = 0
     except BaseException:  # noqa: BLE001 - nobody else would tell

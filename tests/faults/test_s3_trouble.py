@@ -1,5 +1,6 @@
 """A network that delays, breaks, lies and forgets, between us and a real server; and eight starts at once."""
 
+import json
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -7,11 +8,13 @@ from typing import Any
 
 import boto3
 import pytest
+import torch
 
-from faults.scenario import ignore, in_child, save, snapshot_at, state_at
+from faults.scenario import end_child, fork, ignore, save, snapshot_at, state_at
 from servers import S3Server
 from spotguard import CheckpointStore
-from spotguard.errors import FencedError, ObjectExistsError, SpotguardError, StoreAccessError, StoreError
+from spotguard.checkpoint.layout import ATTEMPTS, claim_key
+from spotguard.errors import ObjectExistsError, StoreAccessError, StoreError
 from spotguard.pipeline.checkpoint import Checkpoint, load_manifest
 from spotguard.pipeline.history import claim_attempt, open_run, read_history
 from spotguard.pipeline.resolver import resolve
@@ -166,16 +169,23 @@ def test_a_bit_that_flips_on_the_way_here_is_no_damage(place: Callable[..., S3Ob
 def test_saves_over_a_faulty_network_commit_what_verifies_and_lose_nothing(
     place: Callable[..., S3ObjectStore], proxy: FaultProxy, record_property: Callable[[str, object], None]
 ) -> None:
+    """Every tenth save has a shard of two parts. `make soak` makes 2,000 of them."""
     faults: list[Fault] = [
         Reset(100), Reset(50, "response"), Status(500), Status(503, "SlowDown"), Truncate(40), LostResponse(), Flip(60),
         Flip(60, "response"),
     ]  # fmt: skip
+    often, seldom = each(0.3, [*faults, Reset(3 * MIB), Flip(MIB // 2)], seed=8), each(0.1, faults, seed=7)
+    proxy.plan = lambda request: (often if "uploadId=" in request.query else seldom)(request)
+    large = torch.arange(6 * MIB // 4, dtype=torch.int32)
+
+    def state_of(step: int) -> dict[str, Any]:
+        return {"model": {"step": step}} | ({"large": {"weight": large + step}} if step % 10 == 0 else {})
+
     checkpoints = CheckpointStore(place(proxy.uri))
     committed, failed = [], 0
-    proxy.plan = each(0.1, faults, seed=7)
     for step in range(1, SAVES + 1):
         try:
-            committed.append(checkpoints.save({"model": {"step": step}}, step=step).id)
+            committed.append(checkpoints.save(state_of(step), step=step).id)
         except StoreError:
             failed += 1
     store = place()
@@ -183,19 +193,25 @@ def test_saves_over_a_faulty_network_commit_what_verifies_and_lose_nothing(
     assert set(committed) <= set(found)
     for identity in read_history(store).manifests:
         checkpoint = Checkpoint(store, load_manifest(store, identity))
-        assert checkpoint.load() == {"model": {"step": checkpoint.step}}
+        assert first_difference(checkpoint.load(), state_of(checkpoint.step)) is None
     latest = resolve(store).require()
     assert latest is not None
     assert latest.id == found[-1]
     assert len(committed) > 0.9 * SAVES
-    assert len(proxy.faulted) > SAVES // 5
+    in_parts = [request for request, _ in proxy.faulted if "uploadId=" in request.query]
+    assert len(proxy.faulted) - len(in_parts) > SAVES // 5
+    assert len(in_parts) > SAVES // 20
+    record_property("faulted saves", SAVES)
     record_property("faults", len(proxy.faulted))
+    record_property("faults of parts and their end", len(in_parts))
     record_property("failed saves", failed)
 
 
 def test_of_eight_starts_at_once_each_has_its_own_attempt_and_no_checkpoint_is_mixed(
     place: Callable[..., S3ObjectStore],
 ) -> None:
+    reading, writing = os.pipe()
+
     def start(number: int) -> None:
         """Claims, resumes, and saves until somebody else has taken over."""
         store = place()
@@ -214,28 +230,46 @@ def test_of_eight_starts_at_once_each_has_its_own_attempt_and_no_checkpoint_is_m
             writer.submit(snapshot_at(step), {"number": float(number)})
             writer.drain()
         writer.close()
-        if writer.error is not None and not isinstance(writer.error, (FencedError, SpotguardError)):
-            raise writer.error
+        told = {"number": number, "pid": os.getpid(), "attempt": claim.attempt, "error": type(writer.error).__name__}
+        os.write(writing, json.dumps(told).encode() + b"\n")  # in one piece: pipe(7)
 
     children = []
     for number in range(8):
-        pid = os.fork()
-        if pid == 0:
-            os._exit(in_child(lambda number=number: start(number)))  # type: ignore[misc]
-        children.append(pid)
+        children.append(fork())
+        if children[-1] == 0:
+            end_child(lambda number=number: start(number))  # type: ignore[misc]
     assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children] == [0] * 8
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        told = [json.loads(line) for line in pipe]
 
     store = place()
     history = read_history(store)
     assert not history.damaged
-    assert sorted(history.claims) == list(range(1, len(history.claims) + 1))
-    assert len(history.claims) >= 8
-    assert len({claim.pid for claim in history.claims.values()}) == 8
+    # One claim for each number, made once and never written over; each start holds one, and knows whose it is.
+    claims = [info.key for info, _, _ in store._list_versions(ATTEMPTS)]
+    assert claims == [claim_key(attempt) for attempt in range(1, len(claims) + 1)]
+    held = {start["attempt"]: start for start in told}
+    assert len(held) == len(told) == 8
+    assert {attempt: history.claims[attempt].pid for attempt in held} == {
+        attempt: start["pid"] for attempt, start in held.items()
+    }
+    # A start claims again where somebody has committed between its look and its claim. What it gave up has no commit.
+    for attempt in set(history.claims) - set(held):
+        assert history.claims[attempt].pid in [start["pid"] for other, start in held.items() if other > attempt]
+    assert {identity.attempt for identity in history.manifests} <= set(held)
+    # Each has done all that it wanted, or was overtaken; whoever came last was not.
+    last = max(held)
+    assert last == history.newest_attempt
+    for attempt, start in held.items():
+        commits = sum(identity.attempt == attempt for identity in history.manifests)
+        assert (start["error"] == "FencedError" and attempt < last) or (start["error"] == "NoneType" and commits == 3)
     for identity in history.manifests:
         checkpoint = Checkpoint(store, load_manifest(store, identity))
         assert first_difference(checkpoint.load(), state_at(checkpoint.step)) is None
         assert len({shard.key for shard in checkpoint.manifest.shards}) == 3
+        assert checkpoint.manifest.metrics == {"number": held[identity.attempt]["number"]}
     newest = resolve(store).require()
     assert newest is not None
-    assert newest.manifest.attempt == max(identity.attempt for identity in history.lineage)
+    assert newest.manifest.attempt == last
     save(store, newest.step + 10)
