@@ -14,18 +14,13 @@ from collections.abc import Callable, Mapping, MutableMapping
 import spotguard
 from spotguard._time import utc_now
 from spotguard.checkpoint import CheckpointId, Digest, Manifest, ShardRecord
-from spotguard.checkpoint.layout import ATTEMPTS, claim_key, parse_claim_key
-from spotguard.errors import FencedError
+from spotguard.pipeline.fence import check_fence
 from spotguard.pipeline.objects import Tally, create_object, retried
 from spotguard.state.codec import check_readable
 from spotguard.state.snapshot import ShardImage, Snapshot
 from spotguard.stores import ObjectStore, Progress
 
-__all__ = ["ClaimGoneError", "check_fence", "commit"]
-
-
-class ClaimGoneError(FencedError):
-    """The claim of this very attempt is not there any more."""
+__all__ = ["commit"]
 
 
 def commit(
@@ -103,28 +98,6 @@ def commit(
     # The time in it makes it ours alone: where the answer to a create gets lost, the retry knows it again.
     create_object(store, identity.manifest_key, manifest.to_bytes(), deadline=deadline)
     return manifest, written
-
-
-def check_fence(store: ObjectStore, attempt: int) -> None:
-    """Refuse to write to a run that a later attempt has claimed.
-
-    Raises:
-        FencedError: Names that attempt.
-        ClaimGoneError: The claim of this one is gone.
-    """
-    claimed = [parse_claim_key(info.key) or 0 for info in retried(lambda: list(store.list(ATTEMPTS)))]
-    newest = max(claimed, default=0)
-    if attempt not in claimed:
-        raise ClaimGoneError(
-            f"the claim of this attempt, {store.uri}/{claim_key(attempt)}, is gone: the run was moved or deleted while it was "
-            "being trained. "
-            "Bring the directory back and start again"
-        )
-    if newest > attempt:
-        raise FencedError(
-            f"attempt {newest} has taken over {store.uri}, this process is attempt {attempt} and must not write to it any more. "
-            f"See {claim_key(newest)} for its host; if that start was a mistake, stop it and start this one again"
-        )
 
 
 def _is_unchanged(image: ShardImage, old: ShardRecord, digests: MutableMapping[str, Digest]) -> bool:
