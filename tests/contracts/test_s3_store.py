@@ -191,6 +191,30 @@ def test_versions_are_turned_on_where_that_is_asked_for(moto: S3Server) -> None:
     assert info.version
 
 
+@pytest.mark.parametrize("server", ["seaweedfs", "moto"])
+def test_once_versions_are_turned_on_a_shard_from_before_is_named_by_version_or_written_again(
+    server: str, request: pytest.FixtureRequest
+) -> None:
+    which: S3Server = request.getfixturevalue(server)
+    client, bucket = client_of(which), f"late-{secrets.token_hex(4)}"
+    client.create_bucket(Bucket=bucket)
+    preflight._said.add((bucket, "versions"))
+    store = at_uri(which, f"s3://{bucket}/run")
+    frozen = {"backbone": {"weight": torch.arange(500.0)}}
+    old = CheckpointStore(store).save(weights(1.0) | frozen, step=10)
+    assert [shard.version for shard in old.manifest.shards] == [None, None]
+    client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    checkpoints = CheckpointStore(at_uri_of(store))
+    for step in (20, 30):
+        new = checkpoints.save(weights(float(step)) | frozen, step=step)
+        assert all(shard.version is not None for shard in new.manifest.shards)
+    put(store, next(shard.key for shard in old.manifest.shards if shard.name == "backbone"), b"something else")
+    found = CheckpointStore(at_uri_of(store)).latest()
+    assert found is not None
+    assert found.step == 30
+    assert torch.equal(found.load()["backbone"]["weight"], torch.arange(500.0))
+
+
 # -- integrity --------------------------------------------------------------------------------------------------------------------
 
 

@@ -19,8 +19,9 @@ from spotguard.errors import (
 )
 from spotguard.events import CheckpointCommitted, Event
 from spotguard.pipeline.checkpoint_store import CheckpointStore, LocalCheckpointStore
-from spotguard.pipeline.history import claim_attempt, open_run
+from spotguard.pipeline.history import claim_attempt, open_run, read_history
 from spotguard.pipeline.resolver import Resolution, resolve
+from spotguard.pipeline.rollback import roll_back
 from spotguard.pipeline.writer import Writer
 from spotguard.policies import KeepNewest
 from spotguard.stores import LocalObjectStore
@@ -112,58 +113,52 @@ def test_a_flipped_bit_in_the_newest_claim_is_told_and_changes_nothing_that_is_k
         path.write_bytes(before)
 
 
-def assert_the_way_back_is_lost_until_it_is_put_right(store: LocalObjectStore, path: Path, before: bytes) -> None:
-    with pytest.raises(NoUsableCheckpointError, match=path.name):
-        resolve(store).require()
-    with pytest.raises(NoUsableCheckpointError, match=path.name):
-        claim_attempt(store)  # a claim made now would cut the way off for good
-    path.write_bytes(before)
-    claim_attempt(store)
-    checkpoint = resolve(store).require()
-    assert checkpoint is not None
-    assert checkpoint.step == 10
-
-
+@pytest.mark.parametrize("harm", ["cut", "delete"])
 @pytest.mark.parametrize("attempt", [2, 3, 4])
-def test_a_claim_that_cannot_be_read_may_be_a_rollback_and_is_never_passed_over(run: Path, attempt: int) -> None:
-    """Attempts 2 to 4 have no checkpoint of their own."""
+def test_claims_of_starts_that_committed_nothing_are_not_needed_for_the_way_back(
+    run: Path, attempt: int, harm: str
+) -> None:
     store = LocalObjectStore(run, fs=Unsynced())
     for path in (run / "manifests").glob("0002-*.json"):
         path.unlink()
     for _ in range(2):
         claim_attempt(store)
     path = run / f"attempts/000{attempt}.json"
-    before = path.read_bytes()
-    path.write_bytes(before[:-9])
-    assert_the_way_back_is_lost_until_it_is_put_right(store, path, before)
-
-
-@pytest.mark.parametrize("harm", ["flip", "delete"])
-def test_a_rollback_whose_claim_is_lost_does_not_start_from_zero_nor_from_what_was_rolled_back(
-    run: Path, harm: str
-) -> None:
-    """Attempt 3 is a rollback, attempt 4 continues it and has no checkpoint yet."""
-    store = LocalObjectStore(run, fs=Unsynced())
-    claim_attempt(store, rollback_to=CheckpointId(1, 10))
-    claim_attempt(store)
-    path = run / "attempts/0003.json"
-    before = path.read_bytes()
-    path.unlink() if harm == "delete" else path.write_bytes(before[:-9])
-    assert_the_way_back_is_lost_until_it_is_put_right(store, path, before)
-
-
-@pytest.mark.parametrize("attempt", [2, 3, 4])
-def test_claims_of_starts_that_committed_nothing_are_not_needed_for_the_way_back(run: Path, attempt: int) -> None:
-    store = LocalObjectStore(run, fs=Unsynced())
-    for path in (run / "manifests").glob("0002-*.json"):
-        path.unlink()
-    for _ in range(2):
-        claim_attempt(store)
-    (run / f"attempts/000{attempt}.json").unlink()
+    path.unlink() if harm == "delete" else path.write_bytes(path.read_bytes()[:-9])
     checkpoint = resolve(store).require()
     assert checkpoint is not None
     assert checkpoint.step == 10
     assert claim_attempt(store).parent_max_step == 10
+
+
+@pytest.mark.parametrize("harm", ["cut", "delete"])
+@pytest.mark.parametrize("what", ["claim", "manifest"])
+def test_a_rollback_of_which_one_half_is_lost_stays_in_force(run: Path, what: str, harm: str) -> None:
+    """Attempt 3 is a rollback, attempt 4 continues it and has no checkpoint yet."""
+    store = LocalObjectStore(run, fs=Unsynced())
+    again = roll_back(store, OLDEST)
+    claim_attempt(store)
+    path = run / ("attempts/0003.json" if what == "claim" else again.manifest.id.manifest_key)
+    path.unlink() if harm == "delete" else path.write_bytes(path.read_bytes()[:-9])
+    resolution = resolve(store, load=True)
+    checkpoint = resolution.require()
+    assert checkpoint is not None
+    assert checkpoint.id == (again.id if what == "claim" else str(OLDEST))
+    check_content(resolution, 10)
+    assert claim_attempt(store).parent_max_step == 10
+
+
+def test_nothing_is_swept_while_a_claim_may_be_a_rollback_that_has_not_committed(run: Path) -> None:
+    store = LocalObjectStore(run, fs=Unsynced())
+    claim_attempt(store)
+    path = run / "attempts/0003.json"
+    path.write_bytes(path.read_bytes()[:-9])
+    before = sorted(run.rglob("*"))
+    plan = LocalCheckpointStore(run).prune(1)
+    assert (plan.drop, plan.objects, plan.kept) == ((), (), (OLDEST, BEFORE, NEWEST))
+    assert sorted(run.rglob("*")) == before
+    save(store, 50, keep=1)
+    assert [identity.step for identity in read_history(store).manifests] == [50]
 
 
 def test_a_deleted_claim_of_the_newest_attempt_is_told(run: Path) -> None:

@@ -1,7 +1,8 @@
 """Of several starts of one run, the last one counts: whatever the others do, it is never part of the history."""
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from faults.scenario import WHEN, end_child, fork, save, snapshot_at, write
+from faults.scenario import WHEN, check_content, end_child, fork, save, snapshot_at, write
 from spotguard.checkpoint import CheckpointId, Claim, Manifest, ShardRecord
-from spotguard.checkpoint.layout import ATTEMPTS
-from spotguard.errors import FencedError
+from spotguard.checkpoint.layout import ATTEMPTS, CHECKPOINTS, MANIFESTS
+from spotguard.errors import CheckpointNotFoundError, FencedError
 from spotguard.pipeline.checkpoint_store import CheckpointStore
 from spotguard.pipeline.commit import commit
-from spotguard.pipeline.history import History, claim_attempt, lineage, open_run, read_history
+from spotguard.pipeline.history import History, claim_and_look, claim_attempt, lineage, open_run, read_history
 from spotguard.pipeline.resolver import resolve
-from spotguard.pipeline.sweeper import plan_sweep
+from spotguard.pipeline.rollback import roll_back
+from spotguard.pipeline.sweeper import plan_sweep, sweep
 from spotguard.policies import KeepNewest
-from spotguard.stores import LocalObjectStore, MemoryObjectStore, ObjectInfo
+from spotguard.stores import LocalObjectStore, MemoryObjectStore, ObjectInfo, ObjectRef, ObjectWriter
 from spotguard.testing.faults import Intercepting, Unsynced
 
 
@@ -58,6 +60,35 @@ def test_a_commit_that_was_past_the_fence_is_off_the_history_once_the_newer_atte
     ]
 
 
+def test_another_commit_of_a_zombie_at_the_very_step_at_which_it_was_taken_over_is_off_the_history(
+    tmp_path: Path,
+) -> None:
+    store = LocalObjectStore(tmp_path, fs=Unsynced())
+    first = save(store, 10)
+    run_id = open_run(store).run_id
+    writer = write(store, run_id, claim_attempt(store).attempt, first.last, 20)
+    with store.create(CheckpointId(1, 10, 1).manifest_key, exclusive=True) as late:  # it was past the fence
+        assert first.last is not None
+        late.write(first.last.model_copy(update={"sequence": 1}).to_bytes())
+    assert [str(item) for item in read_history(store).lineage] == ["0002-0000000020", "0001-0000000010"]
+    (store.root / CheckpointId(2, 20).shard_key("model")).unlink()
+    assert writer.last is not None
+    checkpoint = resolve(store).require()
+    assert checkpoint is not None
+    assert checkpoint.id == "0001-0000000010"
+
+
+def test_several_commits_at_the_step_of_the_take_over_stay_in_the_history(tmp_path: Path) -> None:
+    """Also where the next attempt commits at that step once more, whose sequence counts anew."""
+    store = LocalObjectStore(tmp_path, fs=Unsynced())
+    save(store, 10, 10, 10, keep=9)
+    save(store, 10, keep=9)
+    claim = claim_attempt(store)
+    assert (claim.parent, claim.parent_max_step, claim.parent_max_sequence) == (2, 10, 0)
+    line = ["0002-0000000010", "0001-0000000010.2", "0001-0000000010.1", "0001-0000000010"]
+    assert [str(item) for item in read_history(store).lineage] == line
+
+
 def test_what_was_committed_while_a_start_claimed_outlives_the_death_of_that_start(tmp_path: Path) -> None:
     """It looked, step 20 was committed and step 10 swept away, it claimed to continue from step 10, and it was killed."""
     store = LocalObjectStore(tmp_path, fs=Unsynced())
@@ -77,14 +108,14 @@ def test_what_was_committed_while_a_start_claimed_outlives_the_death_of_that_sta
     assert (claim.parent, claim.parent_max_step) == (1, 20)
 
 
-def test_a_rollback_is_never_passed_over_though_nothing_was_committed_after_it(tmp_path: Path) -> None:
+def test_a_rollback_is_never_passed_over_though_nothing_was_saved_after_it(tmp_path: Path) -> None:
     store = LocalObjectStore(tmp_path, fs=Unsynced())
     writer = save(store, 10, 20)
 
     class RollbackBeforeLink(Intercepting):
         def link(self, source: Path, target: Path) -> None:
             if target.parent.name == "manifests":
-                claim_attempt(store, rollback_to=CheckpointId(1, 10))
+                roll_back(store, CheckpointId(1, 10))
                 claim_attempt(store)
             super().link(source, target)
 
@@ -92,7 +123,98 @@ def test_a_rollback_is_never_passed_over_though_nothing_was_committed_after_it(t
     commit(zombie, snapshot_at(30), run_id=open_run(store).run_id, attempt=1, previous=writer.last)
     claim = claim_attempt(store)
     assert (claim.attempt, claim.parent, claim.parent_max_step) == (4, 2, 10)
-    assert [str(item) for item in read_history(store).lineage] == ["0001-0000000010"]
+    assert [str(item) for item in read_history(store).lineage] == ["0002-0000000010", "0001-0000000010"]
+
+
+def test_a_rollback_names_the_shards_that_are_there_and_writes_none(tmp_path: Path) -> None:
+    store = LocalObjectStore(tmp_path, fs=Unsynced())
+    save(store, 10, 20)
+    before = sorted((tmp_path / "checkpoints").rglob("*"))
+    checkpoint = CheckpointStore(store).rollback(step=10)
+    assert (checkpoint.id, checkpoint.manifest.parent) == ("0002-0000000010", "0001-0000000010")
+    assert sorted((tmp_path / "checkpoints").rglob("*")) == before
+    save(store, 30, keep=1)  # which sweeps 1 away, and 2, whose shards go only now
+    assert [str(item) for item in read_history(store).manifests] == ["0003-0000000030"]
+    assert resolve(store, load=True).require() is not None
+
+
+class DuringDeletes(MemoryObjectStore):
+    """Calls something before each deletion, which names what is to be deleted."""
+
+    def __init__(self, inner: MemoryObjectStore, before: Callable[[set[str]], None]) -> None:
+        self.__dict__.update(inner.__dict__)
+        self._before = before
+
+    def delete(self, refs: Iterable[ObjectRef]) -> None:
+        wanted = list(refs)
+        self._before({ref.key for ref in wanted})
+        super().delete(wanted)
+
+
+@pytest.mark.parametrize("what", [MANIFESTS, CHECKPOINTS], ids=["manifests", "shards"])
+def test_a_rollback_to_what_a_sweep_is_about_to_delete_is_kept_or_refused(what: str) -> None:
+    store = MemoryObjectStore()
+    save(store, 10, 20, 30, keep=9)
+    done: list[str] = []
+
+    def roll_back_meanwhile(keys: set[str]) -> None:
+        if any(key.startswith(what) for key in keys):
+            done.append(CheckpointStore(store).rollback(step=10).id)
+
+    def prune() -> None:
+        sweep(DuringDeletes(store, roll_back_meanwhile), KeepNewest(1))
+
+    if what == MANIFESTS:
+        prune()
+        assert done == ["0002-0000000010"]
+        resolution = resolve(store, load=True, history=claim_and_look(store)[1])
+        assert resolution.checkpoint is not None
+        assert resolution.checkpoint.id == "0002-0000000010"
+        check_content(resolution, 10)
+    else:
+        with pytest.raises(CheckpointNotFoundError, match="no checkpoint 10"):
+            prune()
+        assert CheckpointStore(store).resolve().checkpoint is not None
+
+
+def test_a_rollback_whose_target_is_swept_between_its_look_and_its_claim_is_refused_and_changes_nothing() -> None:
+    class SweepBeforeClaim(MemoryObjectStore):
+        @contextlib.contextmanager
+        def create(self, key: str, *, exclusive: bool = False, deadline: float | None = None) -> Iterator[ObjectWriter]:
+            if key.startswith(ATTEMPTS):
+                sweep(store, KeepNewest(1))
+            with super().create(key, exclusive=exclusive, deadline=deadline) as writer:
+                yield writer
+
+    store = MemoryObjectStore()
+    save(store, 10, 20, 30, keep=9)
+    late = SweepBeforeClaim()
+    late.__dict__.update(store.__dict__)
+    with pytest.raises(CheckpointNotFoundError, match="deleted by retention a moment ago"):
+        CheckpointStore(late).rollback(step=10)
+    checkpoint = resolve(store, history=claim_and_look(store)[1]).require()
+    assert checkpoint is not None
+    assert checkpoint.step == 30
+
+
+def test_a_rollback_that_another_start_overtakes_says_so() -> None:
+    class StartBeforeManifest(MemoryObjectStore):
+        @contextlib.contextmanager
+        def create(self, key: str, *, exclusive: bool = False, deadline: float | None = None) -> Iterator[ObjectWriter]:
+            if key.startswith(MANIFESTS):
+                save(store, 40)
+            with super().create(key, exclusive=exclusive, deadline=deadline) as writer:
+                yield writer
+
+    store = MemoryObjectStore()
+    save(store, 10, 20, 30, keep=9)
+    late = StartBeforeManifest()
+    late.__dict__.update(store.__dict__)
+    with pytest.raises(FencedError, match=r"attempt 3 .*at the same time"):
+        CheckpointStore(late).rollback(step=10)
+    checkpoint = resolve(store).require()
+    assert checkpoint is not None
+    assert checkpoint.step == 40
 
 
 def test_a_start_that_claims_and_commits_while_the_claims_are_listed_is_no_damage(tmp_path: Path) -> None:
@@ -178,8 +300,10 @@ def claims_of(draw: st.DrawFn) -> dict[int, Claim]:
     claims = {}
     for attempt in range(1, draw(st.integers(0, 6)) + 1):
         parent = draw(st.none() | st.integers(1, attempt - 1)) if attempt > 1 else None
-        bound = draw(st.integers(0, 9)) if parent else None
-        claims[attempt] = Claim(attempt=attempt, parent=parent, parent_max_step=bound, created_at=WHEN)
+        step, sequence = (draw(st.integers(0, 9)), draw(st.none() | st.integers(0, 1))) if parent else (None, None)
+        claims[attempt] = Claim(
+            attempt=attempt, parent=parent, parent_max_step=step, parent_max_sequence=sequence, created_at=WHEN
+        )
     return claims
 
 
@@ -191,13 +315,18 @@ def test_a_lineage_is_newest_first_within_its_bounds_and_changes_only_by_its_own
     assert len(set(line)) == len(line)
     assert set(line) <= manifests
     assert line == sorted(line, reverse=True)
-    ancestors, attempt, bound = {0: float("inf")}, max(claims, default=None), float("inf")
-    while attempt is not None:
-        ancestors[attempt] = bound
-        claim = claims[attempt]
-        bound = min(bound, float("inf") if claim.parent_max_step is None else claim.parent_max_step)
-        attempt = claim.parent
-    assert set(line) == {item for item in manifests if item.step <= ancestors.get(item.attempt, -1)}
+    expected, attempt, bound = set[CheckpointId](), max(claims, default=0), float("inf")
+    last = (bound, bound)  # step and sequence of the attempt that is looked at
+    while attempt:
+        own = {item for item in manifests if item.attempt == attempt and item.step <= bound}
+        expected |= {item for item in own if item.step != last[0] or item.sequence <= last[1]}
+        child = claims[attempt]
+        if child.parent_max_step is not None:
+            bound = min(bound, child.parent_max_step)
+            sequence = child.parent_max_sequence
+            last = (child.parent_max_step, float("inf") if sequence is None else sequence)
+        attempt = child.parent or 0
+    assert set(line) == expected
 
 
 @given(claims_of(), st.sets(IDS), IDS)
@@ -206,9 +335,14 @@ def test_a_zombies_commit_beyond_the_step_at_which_it_was_taken_over_is_never_in
 ) -> None:
     newest = max(claims, default=0) + 1
     line = lineage(claims, manifests, newest - 1)
-    step = line[0].step if line else 0
-    claims = {**claims, newest: Claim(attempt=newest, parent=newest - 1 or None, parent_max_step=step, created_at=WHEN)}
-    if late.attempt < newest and late.step > step:
+    if not line:
+        return
+    parent, step, sequence = line[0]
+    claims[newest] = Claim(
+        attempt=newest, parent=parent, parent_max_step=step, parent_max_sequence=sequence, created_at=WHEN
+    )
+    late_of_the_parent = late.attempt == parent and (late.step, late.sequence) > (step, sequence)
+    if late_of_the_parent or (late.attempt < newest and late.step > step):
         assert late not in lineage(claims, manifests | {late}, newest)
 
 

@@ -81,8 +81,8 @@ def test_resolve_fails_when_nothing_is_whole(run: Path) -> None:
 
 def test_rollback_changes_what_is_resumed_and_deletes_nothing(run: Path) -> None:
     assert "0001-0000000200" in call("rollback", "--step", 200, run)
-    assert call_json("resolve", run)["checkpoint"] == "0001-0000000200"
-    assert [item["in_lineage"] for item in call_json("ls", run)] == [True, True, False]
+    assert call_json("resolve", run)["checkpoint"] == "0002-0000000200"
+    assert [item["in_lineage"] for item in call_json("ls", run)] == [True, True, False, True]
     assert "not in lineage" in call("ls", run)
 
 

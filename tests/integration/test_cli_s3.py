@@ -45,7 +45,8 @@ def test_every_command_takes_a_bucket(run: str) -> None:
     assert [item["whole"] for item in call_json("verify", run)] == [True] * 3
     assert call_json("resolve", run)["checkpoint"] == "0001-0000000300"
     assert "0001-0000000200" in call("rollback", run, "--step", "200")
-    assert call_json("prune", run, "--keep", "1")["kept"] == ["0001-0000000200", "0001-0000000300"]
+    assert call_json("prune", run, "--keep", "1")["kept"] == ["0002-0000000200"]
+    assert call_json("verify", run) == [{"checkpoint": "0002-0000000200", "whole": True, "reason": ""}]
     assert "asked" in call("stop", run)
     assert open_store(run).stat("stop") is not None
 

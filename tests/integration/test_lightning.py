@@ -183,7 +183,7 @@ def test_after_a_rollback_the_run_goes_on_from_there(tmp_path: Path) -> None:
     CheckpointStore(tmp_path / "run").rollback(step=4)
     left = child(tmp_path, lambda _: fit(tmp_path, guard={"keep": 9}))
     assert left.status == 0, left.said
-    assert "resumed from 0001-0000000004" in left.said
+    assert "resumed from 0002-0000000004" in left.said
     assert first_difference(before, weights(tmp_path)) is None
 
 

@@ -26,6 +26,7 @@ MANIFEST = Manifest(run_id="r", attempt=1, step=2, metrics={"loss": 0.5}, create
         MANIFEST,
         Manifest(run_id="r", attempt=1, step=0, created_at=AT.replace(microsecond=0), shards=()),
         Claim(attempt=10000, parent=9999, parent_max_step=0, host="größe", pid=1, created_at=AT),
+        Claim(attempt=3, parent=2, parent_max_step=10, parent_max_sequence=0, created_at=AT),
         RunRecord(run_id="r", created_at=AT, spotguard="0.1.0"),
     ],
     ids=lambda record: record.what,
@@ -45,6 +46,19 @@ def test_the_bytes_are_canonical() -> None:
     assert fields["shards"] == [
         {"digest": SHARD.digest, "key": SHARD.key, "name": "model", "rank": None, "size": 3, "version": None}
     ]
+
+
+def test_a_claim_that_was_written_before_it_named_a_sequence_is_read_and_stays_what_it_is() -> None:
+    old = (
+        b'{"attempt":2,"created_at":"2026-02-03T04:05:06.000789Z","format":1,"host":"h","parent":1,"parent_max_step":10,"pid":7,'
+        b'"reason":"start","sha256":"%s"}'
+    )
+    import hashlib
+
+    digest = hashlib.sha256(old.replace(b',"sha256":"%s"', b"")).hexdigest().encode()
+    claim = Claim.from_bytes(old % digest, key="key")
+    assert (claim.parent_max_step, claim.parent_max_sequence) == (10, None)
+    assert claim.to_bytes() == old % digest
 
 
 def test_the_order_of_metrics_makes_no_difference() -> None:

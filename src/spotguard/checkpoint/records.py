@@ -34,11 +34,14 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     what: ClassVar[str] = "record"
+    added: ClassVar[frozenset[str]] = frozenset()
+    """Fields that the format got later: left out where they are None, so that older records are canonical too."""
     format: int = FORMAT
 
     def to_bytes(self) -> bytes:
         """Canonical JSON with a ``sha256`` over everything else in it."""
         fields = json.loads(self.model_dump_json())  # which writes NaN, a metric like any other, as a string
+        fields = {name: value for name, value in fields.items() if value is not None or name not in self.added}
         return _canonical({**fields, "sha256": hashlib.sha256(_canonical(fields)).hexdigest()})
 
     @classmethod
@@ -90,13 +93,16 @@ class Claim(Record):
         attempt: Its number, taken by an exclusive create.
         parent: The attempt whose history this one continues; None for a fresh run.
         parent_max_step: Only checkpoints of that history up to this step belong to this attempt's lineage.
+        parent_max_sequence: And of those that `parent` has at this very step only those up to this sequence; None: all.
         reason: "start", or "rollback".
     """
 
     what: ClassVar[str] = "claim"
+    added: ClassVar[frozenset[str]] = frozenset({"parent_max_sequence"})
     attempt: int = Field(ge=1)
     parent: int | None = None
     parent_max_step: int | None = None
+    parent_max_sequence: int | None = None
     reason: str = "start"
     host: str = ""
     pid: int = 0

@@ -185,7 +185,9 @@ def rollback_command(
 ) -> None:
     """Resume from an older checkpoint from now on. Nothing is deleted; a running trainer is fenced off at its next save."""
     checkpoint = existing_run(uri).rollback(step=step)
-    print(f"the next start resumes from {checkpoint.id} (step {checkpoint.step})")  # noqa: T201
+    print(  # noqa: T201
+        f"the next start resumes from {checkpoint.id} (step {checkpoint.step}): {checkpoint.manifest.parent}, committed again"
+    )
 
 
 @app.command("restore")

@@ -7,10 +7,11 @@ from typing import Any
 from spotguard.checkpoint import CheckpointId
 from spotguard.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError
 from spotguard.pipeline.checkpoint import Checkpoint, Progress, load_manifest
-from spotguard.pipeline.history import claim_and_look, claim_attempt, open_run, read_history
+from spotguard.pipeline.history import claim_and_look, open_run, read_history
 from spotguard.pipeline.objects import together
 from spotguard.pipeline.resolver import Resolution, resolve
 from spotguard.pipeline.restore import DeletedCheckpoint, deleted_checkpoints, restore_checkpoint
+from spotguard.pipeline.rollback import roll_back
 from spotguard.pipeline.sweeper import SweepPlan, sweep
 from spotguard.policies import RetentionPolicy, as_retention_policy
 from spotguard.stores import ObjectStore, open_store
@@ -143,16 +144,15 @@ class CheckpointStore:
     def rollback(self, *, step: int) -> Checkpoint:
         """Resume from `step` from now on. Nothing is deleted; a running trainer is fenced off.
 
+        Returns:
+            The checkpoint that the next start resumes from: that one, committed again as the first of a new attempt.
+
         Raises:
-            CheckpointNotFoundError: The lineage has no checkpoint at that step.
+            CheckpointNotFoundError: The lineage has no checkpoint at that step, or retention deleted it meanwhile.
             CheckpointDamagedError: It is damaged.
+            FencedError: Somebody else has started meanwhile.
         """
-        identity = self._find(step)
-        checkpoint = Checkpoint(self.objects, load_manifest(self.objects, identity))
-        checkpoint.verify()
-        claim_attempt(self.objects, rollback_to=identity)
-        # A trainer that was just fenced off may have swept it away between our reading it and our claim; from here on it cannot.
-        load_manifest(self.objects, identity)
+        checkpoint = roll_back(self.objects, self._find(step))
         self._attempt, self._previous = None, None
         return checkpoint
 

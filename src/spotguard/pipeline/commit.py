@@ -3,6 +3,7 @@
 ::
 
     for each shard:   same as in the last commit? name that object again : create, write and hash, fsync
+    versions kept, and one of them named without? by its version now : create, write and hash
     is a later attempt claimed? -> FencedError
     create the manifest exclusively                            <- the checkpoint exists from here on
 """
@@ -14,18 +15,13 @@ from collections.abc import Callable, Mapping, MutableMapping
 import spotguard
 from spotguard._time import utc_now
 from spotguard.checkpoint import CheckpointId, Digest, Manifest, ShardRecord
-from spotguard.checkpoint.layout import ATTEMPTS, claim_key, parse_claim_key
-from spotguard.errors import FencedError
+from spotguard.pipeline.fence import check_fence
 from spotguard.pipeline.objects import Tally, create_object, retried
 from spotguard.state.codec import check_readable
 from spotguard.state.snapshot import ShardImage, Snapshot
-from spotguard.stores import ObjectStore, Progress
+from spotguard.stores import ObjectStore, Progress, VersionedStore
 
-__all__ = ["ClaimGoneError", "check_fence", "commit"]
-
-
-class ClaimGoneError(FencedError):
-    """The claim of this very attempt is not there any more."""
+__all__ = ["commit"]
 
 
 def commit(
@@ -73,16 +69,27 @@ def commit(
     identity = CheckpointId(attempt, snapshot.step, sequence)
     known = {shard.name: shard for shard in previous.shards} if previous and reuse else {}
     digests = digests if digests is not None else {}
-    shards, written = [], 0
+    shards, written = dict[str, ShardRecord](), list[ShardRecord]()
+
+    def write(image: ShardImage) -> None:
+        record, digests[image.name] = _write_shard(store, identity, image, deadline, progress, check)
+        shards[image.name] = record
+        written.append(record)
+
     for image in snapshot.shards:
         check_readable(image.name, image.data)
         old = known.get(image.name)
         if old is not None and _is_unchanged(image, old, digests):
-            shards.append(old)
+            shards[image.name] = old
         else:
-            record, digests[image.name] = _write_shard(store, identity, image, deadline, progress, check)
-            shards.append(record)
-            written += len(image.data)
+            write(image)
+    if isinstance(store, VersionedStore) and (not written or any(record.version for record in written)):
+        # Shards of a time before the bucket kept versions: whoever overwrites their keys would damage every checkpoint from here on.
+        for image in [image for image in snapshot.shards if shards[image.name].version is None]:
+            if (found := _pinned(store, shards[image.name])) is not None:
+                shards[image.name] = found
+            elif written:
+                write(image)
     check_fence(store, attempt)
     manifest = Manifest(
         run_id=run_id,
@@ -96,35 +103,13 @@ def commit(
         metrics=dict(metrics or {}),
         libraries=_libraries(),
         created_at=utc_now(),
-        shards=tuple(shards),
+        shards=tuple(shards.values()),
     )
     if check is not None:
         check()
     # The time in it makes it ours alone: where the answer to a create gets lost, the retry knows it again.
     create_object(store, identity.manifest_key, manifest.to_bytes(), deadline=deadline)
-    return manifest, written
-
-
-def check_fence(store: ObjectStore, attempt: int) -> None:
-    """Refuse to write to a run that a later attempt has claimed.
-
-    Raises:
-        FencedError: Names that attempt.
-        ClaimGoneError: The claim of this one is gone.
-    """
-    claimed = [parse_claim_key(info.key) or 0 for info in retried(lambda: list(store.list(ATTEMPTS)))]
-    newest = max(claimed, default=0)
-    if attempt not in claimed:
-        raise ClaimGoneError(
-            f"the claim of this attempt, {store.uri}/{claim_key(attempt)}, is gone: the run was moved or deleted while it was "
-            "being trained. "
-            "Bring the directory back and start again"
-        )
-    if newest > attempt:
-        raise FencedError(
-            f"attempt {newest} has taken over {store.uri}, this process is attempt {attempt} and must not write to it any more. "
-            f"See {claim_key(newest)} for its host; if that start was a mistake, stop it and start this one again"
-        )
+    return manifest, sum(record.size for record in written)
 
 
 def _is_unchanged(image: ShardImage, old: ShardRecord, digests: MutableMapping[str, Digest]) -> bool:
@@ -136,6 +121,14 @@ def _is_unchanged(image: ShardImage, old: ShardRecord, digests: MutableMapping[s
         seen.update(image.data)
         return str(seen) == old.digest
     return seen.describes(image.data)
+
+
+def _pinned(store: ObjectStore, shard: ShardRecord) -> ShardRecord | None:
+    """A shard that was named by key alone, with its version; None where nothing proves that what is there is that shard."""
+    info = retried(lambda: store.stat(shard.key))
+    if info is None or info.version is None or (info.size, info.digest) != (shard.size, shard.digest):
+        return None
+    return shard.model_copy(update={"version": info.version})
 
 
 def _write_shard(

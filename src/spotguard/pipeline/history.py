@@ -18,6 +18,7 @@ __all__ = [
     "claim_and_look",
     "claim_attempt",
     "lineage",
+    "list_claims",
     "merge_histories",
     "open_run",
     "read_history",
@@ -55,13 +56,18 @@ class History:
     def tip(self) -> int:
         """The attempt whose history the next start continues: the newest that has committed anything, else the newest; 0 in a new run.
 
-        A start that has committed nothing has nothing to lose, and what it recorded about its parent may be out of date: a commit can come
-        between its last look and its claim, and it can be killed before it looks again. So the next start passes it over and looks for
-        itself. A rollback is a decision and is never passed over, nor is a claim that cannot be read, which may be one.
+        An attempt that has committed nothing has nothing to lose, and what it recorded about its parent may be out of date: a commit can
+        come between its last look and its claim, and it can be killed before it looks again. So the next start passes it over and looks
+        for itself. An attempt that a later one continues has committed, though perhaps to another tier.
         """
         committed = {identity.attempt for identity in self.manifests}
-        told = (attempt for attempt, claim in self.claims.items() if attempt in committed or claim.reason != "start")
-        return max(told, default=self.newest_attempt)
+        continued = {claim.parent for claim in self.intact.values() if claim.parent is not None}
+        return max(committed | continued, default=self.newest_attempt)
+
+    @property
+    def undecided(self) -> int | None:
+        """A rollback that has claimed and not committed: it is under way, or was killed. A claim that cannot be read may be one."""
+        return max((at for at, claim in self.claims.items() if at > self.tip and claim.reason != "start"), default=None)
 
     @property
     def lineage(self) -> list[CheckpointId]:
@@ -70,9 +76,10 @@ class History:
 
 
 def lineage(claims: Mapping[int, Claim], manifests: Iterable[CheckpointId], tip: int) -> list[CheckpointId]:
-    """Follow a claim to its parents, each bounded by the step up to which its child took it over.
+    """Follow a claim to its parents, each bounded by the checkpoint at which its child took it over.
 
-    Pure. A checkpoint that a zombie of an older attempt commits late lies beyond that bound and is never found.
+    Pure. A checkpoint that a zombie of an older attempt commits late lies beyond that bound and is never found. The bound is a step for
+    everything older, and a sequence for the parent alone: each attempt counts its own.
 
     Args:
         claims: By attempt.
@@ -86,14 +93,23 @@ def lineage(claims: Mapping[int, Claim], manifests: Iterable[CheckpointId], tip:
     for identity in manifests:
         by_attempt.setdefault(identity.attempt, []).append(identity)
     found: list[CheckpointId] = []
-    attempt, bound = tip, float("inf")
+    attempt, step, sequence = tip, float("inf"), float("inf")
     while True:
-        found += sorted((item for item in by_attempt.get(attempt, []) if item.step <= bound), reverse=True)
+        own = by_attempt.get(attempt, [])
+        found += sorted((item for item in own if (item.step, item.sequence) <= (step, sequence)), reverse=True)
         claim = claims.get(attempt)
         if claim is None or claim.parent is None or claim.parent >= attempt:
             return found
-        bound = min(bound, float("inf") if claim.parent_max_step is None else claim.parent_max_step)
-        attempt = claim.parent
+        attempt, sequence = claim.parent, float("inf")
+        if claim.parent_max_step is not None and claim.parent_max_step <= step:
+            step = claim.parent_max_step
+            sequence = sequence if claim.parent_max_sequence is None else claim.parent_max_sequence
+
+
+def list_claims(store: ObjectStore) -> list[int]:
+    """The attempts that are claimed. Keys that are not ours are passed over."""
+    found = [parse_claim_key(info.key) for info in retried(lambda: list(store.list(ATTEMPTS)))]
+    return [attempt for attempt in found if attempt is not None]
 
 
 def read_history(store: ObjectStore, *, known: History | None = None) -> History:
@@ -123,8 +139,7 @@ def read_history(store: ObjectStore, *, known: History | None = None) -> History
             else:
                 damaged[attempt] = answer
 
-    found = [parse_claim_key(info.key) for info in retried(lambda: list(store.list(ATTEMPTS)))]
-    listed = [attempt for attempt in found if attempt is not None]
+    listed = list_claims(store)
     old = known.intact if known is not None else {}
     claims = {attempt: old[attempt] for attempt in listed if attempt in old}
     damaged: dict[int, str] = {}
@@ -216,9 +231,7 @@ def take_attempt(
     while True:
         before = merge_histories(read())
         line = before.lineage
-        if rollback_to is not None:
-            parent, bound, reason = rollback_to.attempt, rollback_to.step, "rollback"
-        elif not line and before.damaged:
+        if rollback_to is None and not line and before.damaged:
             # A claim made now would say that there was nothing to continue, for good, even if the damaged ones are brought back.
             raise NoUsableCheckpointError(
                 "it is not known which checkpoints belong to this run:\n  "
@@ -226,13 +239,13 @@ def take_attempt(
                 + "\n"
                 "Bring the claims back, 'spotguard rollback' to a whole checkpoint, or start a new run under another URI"
             )
-        else:
-            parent, bound, reason = before.tip, line[0].step if line else 0, "start"
+        parent = rollback_to or next(iter(line), None)
         claim = Claim(
             attempt=before.newest_attempt + 1 + skip,
-            parent=parent or None,
-            parent_max_step=bound if parent else None,
-            reason=reason,
+            parent=parent.attempt if parent else None,
+            parent_max_step=parent.step if parent else None,
+            parent_max_sequence=parent.sequence if parent else None,
+            reason="start" if rollback_to is None else "rollback",
             host=socket.gethostname(),
             pid=os.getpid(),
             created_at=utc_now(),

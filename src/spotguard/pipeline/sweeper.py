@@ -1,14 +1,15 @@
 """Retention by reachability: keep what the policy wants, and every object that a kept manifest names; delete the rest.
 
 Order of deletion: manifests first, made durable, then objects that no manifest names any more. A crash in between leaves orphans, never a
-manifest without its shards; the next sweep removes them. Nothing is deleted before the newest checkpoint has been verified: by the digests
-that the store itself has computed, else by reading it back.
+manifest without its shards; the next sweep removes them. Claims are looked for again before each of the two. Nothing is deleted before the
+newest checkpoint has been verified: by the digests that the store itself has computed, else by reading it back.
 
 Claims, manifests and versions of shards never change: a process that sweeps again and again reads them once.
 """
 
 import dataclasses
 import datetime as dt
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 from spotguard._time import utc_now
@@ -16,12 +17,14 @@ from spotguard.checkpoint import CheckpointId, Manifest
 from spotguard.checkpoint.layout import CHECKPOINTS, EVENTS, RUN, attempt_of_key, parse_shard_key
 from spotguard.errors import CheckpointDamagedError, FormatTooNewError
 from spotguard.pipeline.checkpoint import ask_store, fetch_shard, load_manifest
-from spotguard.pipeline.history import History, lineage, read_history
+from spotguard.pipeline.history import History, lineage, list_claims, read_history
 from spotguard.pipeline.objects import retried, together
 from spotguard.policies import RetentionPolicy
 from spotguard.stores import ObjectInfo, ObjectRef, ObjectStore
 
 __all__ = ["Known", "SweepPlan", "plan_sweep", "sweep"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -146,8 +149,8 @@ def sweep(
     Args:
         store: The run.
         policy: What to keep.
-        owner: The attempt of the caller, where the caller is the one process that may write to the run. Anybody else leaves the newest
-            attempt's unnamed shards alone: they may belong to a save that is under way.
+        owner: The attempt of the caller, where the caller is the one process that may write to the run. Anybody else leaves the unnamed
+            shards of the last attempt that has committed, and of later ones, alone: they may belong to a save that is under way.
         dry_run: Only say what would go.
         known: What the caller has read before; added to.
         proceed: Asked before anything is deleted, once everything was listed: False where a save has begun since.
@@ -157,7 +160,16 @@ def sweep(
     """
     known = known or Known()
     history = known.look(store)
-    limit = history.newest_attempt - 1 if owner is None else owner
+    nothing = SweepPlan((), (), history.manifests)
+    if (attempt := history.undecided) is not None:
+        logger.warning(
+            "%s: attempt %d is rolling back, or died of it: nothing is deleted before the next commit",
+            store.uri,
+            attempt,
+        )
+        return nothing
+    settled = history.tip - 1 if history.manifests else 0  # a later attempt may be past its last look at the claims
+    limit = settled if owner is None else owner
     manifests = known.read_manifests(store, history)
     line = history.lineage
     shards = retried(lambda: list(store.list(CHECKPOINTS)))
@@ -168,10 +180,8 @@ def sweep(
         try:
             _verify(store, line[0], known)
         except CheckpointDamagedError as error:
-            if not dry_run and known.look(store).newest_attempt != history.newest_attempt:
-                return SweepPlan(
-                    (), (), history.manifests
-                )  # it was not damaged, but swept by whoever has started since
+            if not dry_run and _is_overtaken(store, history):
+                return nothing  # it was not damaged, but swept by whoever has started since
             raise CheckpointDamagedError(
                 f"nothing is deleted, for the newest checkpoint is damaged: {error}. "
                 "The next start falls back to an older one and goes on from there; 'spotguard rollback' does so without a start"
@@ -179,16 +189,24 @@ def sweep(
     if dry_run:
         return plan
     anything = plan.drop or plan.objects or plan.hidden
-    if not proceed() or (anything and known.look(store).newest_attempt != history.newest_attempt):
-        # Somebody has started, or rolled back, while the newest was read back: what they continue may be what was to go. Or a save of our
+    if not proceed() or (anything and _is_overtaken(store, history)):
+        # Somebody has started, or rolls back, while the newest was read back: what they continue may be what was to go. Or a save of our
         # own has begun, and its shards, which no manifest names yet, may have been listed.
-        return SweepPlan((), (), history.manifests)
+        return nothing
     if plan.drop:
         store.delete([history.refs.get(identity, ObjectRef(identity.manifest_key)) for identity in plan.drop])
+        if _is_overtaken(store, history):
+            # A rollback that has found its manifest before we deleted it commits these shards again; see `rollback`.
+            return SweepPlan(plan.drop, (), plan.kept)
     if plan.objects or plan.hidden:
         store.delete([*(info.ref for info in plan.objects), *plan.hidden])
     store.discard_partials(lambda key: proceed() and _is_stale(key, limit))
     return plan
+
+
+def _is_overtaken(store: ObjectStore, history: History) -> bool:
+    """Whether somebody has claimed an attempt since."""
+    return max(list_claims(store), default=0) > history.newest_attempt
 
 
 def _verify(store: ObjectStore, identity: CheckpointId, known: Known) -> None:

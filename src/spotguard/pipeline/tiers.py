@@ -18,7 +18,7 @@ from spotguard.checkpoint import CheckpointId, Claim, Manifest, RunRecord
 from spotguard.checkpoint.layout import RUN, claim_key
 from spotguard.errors import CheckpointDamagedError, ConfigError, FencedError, ObjectExistsError, StoreError
 from spotguard.pipeline.checkpoint import Checkpoint, Progress, ask_store, load_manifest
-from spotguard.pipeline.commit import ClaimGoneError, check_fence
+from spotguard.pipeline.fence import ClaimGoneError, check_fence
 from spotguard.pipeline.history import History, take_attempt
 from spotguard.pipeline.identity import find_run, open_run
 from spotguard.pipeline.objects import create_object, outcomes, together

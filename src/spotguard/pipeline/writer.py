@@ -12,7 +12,8 @@ from spotguard.checkpoint import CheckpointId, Manifest
 from spotguard.errors import CheckpointDamagedError, DeadlineExceededError, FencedError, StoreError
 from spotguard.events import CheckpointCommitted, Event, SaveFailed, Swept, TierFailed
 from spotguard.pipeline.checkpoint import Checkpoint, Progress
-from spotguard.pipeline.commit import ClaimGoneError, commit
+from spotguard.pipeline.commit import commit
+from spotguard.pipeline.fence import ClaimGoneError
 from spotguard.pipeline.objects import Outcome, outcomes
 from spotguard.pipeline.sweeper import sweep
 from spotguard.pipeline.tier import Tier
