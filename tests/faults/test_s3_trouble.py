@@ -249,21 +249,21 @@ def test_of_eight_starts_at_once_each_has_its_own_attempt_and_no_checkpoint_is_m
     # One claim for each number, made once and never written over; each start holds one, and knows whose it is.
     claims = [info.key for info, _, _ in store._list_versions(ATTEMPTS)]
     assert claims == [claim_key(attempt) for attempt in range(1, len(claims) + 1)]
-    held = {start["attempt"]: start for start in told}
+    held = {one["attempt"]: one for one in told}
     assert len(held) == len(told) == 8
     assert {attempt: history.claims[attempt].pid for attempt in held} == {
-        attempt: start["pid"] for attempt, start in held.items()
+        attempt: one["pid"] for attempt, one in held.items()
     }
     # A start claims again where somebody has committed between its look and its claim. What it gave up has no commit.
     for attempt in set(history.claims) - set(held):
-        assert history.claims[attempt].pid in [start["pid"] for other, start in held.items() if other > attempt]
+        assert history.claims[attempt].pid in [one["pid"] for other, one in held.items() if other > attempt]
     assert {identity.attempt for identity in history.manifests} <= set(held)
     # Each has done all that it wanted, or was overtaken; whoever came last was not.
     last = max(held)
     assert last == history.newest_attempt
-    for attempt, start in held.items():
+    for attempt, one in held.items():
         commits = sum(identity.attempt == attempt for identity in history.manifests)
-        assert (start["error"] == "FencedError" and attempt < last) or (start["error"] == "NoneType" and commits == 3)
+        assert (one["error"] == "FencedError" and attempt < last) or (one["error"] == "NoneType" and commits == 3)
     for identity in history.manifests:
         checkpoint = Checkpoint(store, load_manifest(store, identity))
         assert first_difference(checkpoint.load(), state_at(checkpoint.step)) is None

@@ -290,16 +290,20 @@ class FsspecObjectStore:
         options = {**self._class._get_kwargs_from_urls(self.uri), **self._options}
         if self._protocol in _GOOGLE:
             options.setdefault("requests_timeout", _REQUEST_TIMEOUT)
-        try:
-            # An instance of our own: one that is shared could have been made with other options, and keeps what it has listed.
-            fs = self._class(**options, skip_instance_cache=True)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{self.uri}: {error}; credentials: {self._credentials}") from error
+
+        def make() -> Any:
+            try:
+                # An instance of our own: one that is shared could have been made with other options, and keeps what it has listed.
+                return self._class(**options, skip_instance_cache=True)
+            except (TypeError, ValueError) as error:
+                raise ConfigError(f"{self.uri}: {error}; credentials: {self._credentials}") from error
+
         if self._protocol in _GOOGLE:
-            return GoogleDriver(fs)
+            return GoogleDriver(make())
         if self._protocol in _AZURE:
-            return AzureDriver(fs)
-        return MemoryDriver(fs, self._protocol) if self._protocol == "memory" else FileSystemDriver(fs, self._protocol)
+            return AzureDriver(make())
+        kind = MemoryDriver if self._protocol == "memory" else FileSystemDriver
+        return kind(make, self._protocol)
 
 
 def _again(uri: str, single_writer: bool, options: dict[str, Any]) -> FsspecObjectStore:  # noqa: FBT001

@@ -22,17 +22,38 @@ from spotguard.stores.local import LocalObjectStore
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["Body", "Driver", "FileSystemDriver", "Found", "LocalDriver", "MemoryDriver", "Replaced"]
+__all__ = [
+    "Body",
+    "Driver",
+    "FileSystemDriver",
+    "Found",
+    "LocalDriver",
+    "MemoryDriver",
+    "Replaced",
+    "is_about_the_place",
+]
 
 _ONE_PUT = {"hf", "s3", "s3a"}  # an object appears there in one step, when its last byte has been taken
 _COPIED = 1 << 20  # bytes below which a view is copied: many small writes shall not become many small requests
 _PIECE = 16 << 20
-_WHOLE = 64 << 20  # bytes up to which an object is joined and handed over at once
 _PARTIAL = ".sg-"
+_NO_PLACE = {"RepositoryNotFoundError", "RevisionNotFoundError", "BucketNotFoundError", "HFValidationError"}
 
 
 class Replaced(Exception):  # noqa: N818 - never leaves the store: it is translated there
     """The object that is being read is not there any more, or is another one."""
+
+
+def is_about_the_place(error: BaseException) -> bool:
+    """Whether "not found" is said of the repository, which for Hugging Face may mean that it must not be seen, and not of an object."""
+    cause: BaseException | None = error
+    while cause is not None and _names(cause).isdisjoint(_NO_PLACE):
+        cause = cause.__cause__
+    return cause is not None
+
+
+def _names(error: BaseException) -> set[str]:
+    return {kind.__name__ for kind in type(error).__mro__}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,63 +142,85 @@ class Driver(Protocol):
 
 
 class FileSystemDriver:
-    """Any file system of fsspec. It goes to a temporary name first, for one like SFTP shows a file while it grows."""
+    """Any file system of fsspec. It goes to a temporary name first, for one like SFTP shows a file while it grows.
+
+    Args:
+        make: Makes the file system. Several threads never share one: what one of them has listed would answer the question of another.
+        protocol: Its name.
+    """
 
     exclusive = False
     probe = False
     parallel = 4
 
-    def __init__(self, fs: Any, protocol: str) -> None:
-        self.fs, self._one_put = fs, protocol in _ONE_PUT
+    def __init__(self, make: Callable[[], Any], protocol: str) -> None:
+        self._make, self._one_put = make, protocol in _ONE_PUT
+        self._idle: list[Any] = []
+
+    @contextlib.contextmanager
+    def _fs(self) -> Iterator[Any]:
+        try:
+            fs = self._idle.pop()
+        except IndexError:
+            fs = self._make()
+        try:
+            yield fs
+        finally:
+            self._idle.append(fs)
 
     def put(self, path: str, body: Body, *, exclusive: bool, token: str, deadline: float | None) -> None:
         if exclusive and self.find(path) is not None:  # only with single_writer: somebody else could come in between
             raise FileExistsError(path)
-        if self._one_put and body.size <= _WHOLE:
-            block = body.whole()
-            self.fs.pipe_file(path, block.data)
-            block.sent()
-        elif self._one_put:
+        if self._one_put:
             self._upload(path, body, deadline)
-        else:
-            folder, _, name = path.rpartition("/")
-            temporary = f"{folder}/{_PARTIAL}{name}-{secrets.token_hex(6)}.tmp"
-            try:
-                self.fs.makedirs(folder, exist_ok=True)
-                self._upload(temporary, body, deadline)
-                found = self.find(temporary)
-                if found is None or found.size != body.size:
-                    raise OSError(f"{found.size if found else 0} bytes are there after {body.size} were written")
-                check_deadline(deadline, path)
-                self.fs.mv(temporary, path)
-            except BaseException:
-                with contextlib.suppress(Exception):
-                    self.fs.rm_file(temporary)
-                raise
+            return
+        folder, _, name = path.rpartition("/")
+        temporary = f"{folder}/{_PARTIAL}{name}-{secrets.token_hex(6)}.tmp"
+        try:
+            with self._fs() as fs:
+                fs.makedirs(folder, exist_ok=True)
+            self._upload(temporary, body, deadline)
+            found = self.find(temporary)
+            if found is None or found.size != body.size:
+                raise OSError(f"{found.size if found else 0} bytes are there after {body.size} were written")
+            check_deadline(deadline, path)
+            with self._fs() as fs:
+                fs.mv(temporary, path)
+        except BaseException:
+            with contextlib.suppress(Exception), self._fs() as fs:
+                fs.rm_file(temporary)
+            raise
 
     def _upload(self, path: str, body: Body, deadline: float | None) -> None:
-        file = self.fs.open(path, "wb")
-        try:
-            for block in body.blocks(_PIECE):
+        with self._fs() as fs:
+            file = fs.open(path, "wb")
+            try:
+                for block in body.blocks(_PIECE):
+                    check_deadline(deadline, path)
+                    file.write(block.data)
+                    block.sent()
                 check_deadline(deadline, path)
-                file.write(block.data)
-                block.sent()
-            check_deadline(deadline, path)
-        except BaseException:
-            # Neither `close` nor the finalizer, which calls it, may run: they would publish what is there.
-            with contextlib.suppress(Exception):
-                file.discard()
-            with contextlib.suppress(AttributeError):
-                file.closed = True
-            raise
-        file.close()
+                file.close()
+            except BaseException:
+                # Neither `close` nor the finalizer, which calls it, may run: they would publish what is there.
+                with contextlib.suppress(Exception):
+                    file.discard()
+                with contextlib.suppress(AttributeError):
+                    file.closed = True
+                with contextlib.suppress(AttributeError, OSError):  # huggingface_hub collects it on the disk
+                    file.temp_file.close()
+                    Path(file.temp_file.name).unlink()
+                raise
 
     def find(self, path: str, *, patience: float | None = None) -> Found | None:
-        self.fs.invalidate_cache()
-        try:
-            info = self.fs.info(path)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        with self._fs() as fs:
+            fs.invalidate_cache()
+            try:
+                info = fs.info(path)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                if is_about_the_place(error):
+                    raise
+                return None
         return Found(int(info["size"]), self._pin(info)) if info["type"] == "file" else None
 
     def _pin(self, info: dict[str, Any]) -> str:
@@ -198,7 +241,8 @@ class FileSystemDriver:
         return repr([info.get(name) for name in names])
 
     def read(self, path: str, start: int, end: int | None, pin: str | None) -> bytes:
-        data = self.fs.cat_file(path, start=start, end=end)
+        with self._fs() as fs:
+            data = fs.cat_file(path, start=start, end=end)
         if pin is not None:
             found = self.find(path)
             if found is None or found.pin != pin:
@@ -206,19 +250,27 @@ class FileSystemDriver:
         return bytes(data)
 
     def walk(self, prefix: str) -> Iterator[tuple[str, int]]:
-        self.fs.invalidate_cache()
-        try:
-            found = self.fs.find(prefix.rpartition("/")[0], detail=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return
+        with self._fs() as fs:
+            fs.invalidate_cache()
+            try:
+                found = fs.find(prefix.rpartition("/")[0], detail=True)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                if is_about_the_place(error):
+                    raise
+                return
         for path, info in found.items():
-            yield self.fs._strip_protocol(path), int(info["size"])  # noqa: SLF001 - fsspec's own way to say it
+            yield fs._strip_protocol(path), int(info["size"])  # noqa: SLF001 - fsspec's own way to say it
 
     def remove(self, paths: Sequence[str]) -> None:
         for path in paths:
-            if self.find(path) is not None:  # a directory is no object, and some would remove it with all that is below
-                with contextlib.suppress(FileNotFoundError):
-                    self.fs.rm_file(path)
+            if self.find(path) is None:  # a directory is no object, and some would remove it with all that is below
+                continue
+            try:
+                with self._fs() as fs:
+                    fs.rm_file(path)
+            except Exception as error:
+                if _names(error).isdisjoint({"FileNotFoundError", "EntryNotFoundError"}):  # else somebody was faster
+                    raise
 
     def discard_partials(self, root: str, is_stale: Callable[[str], bool]) -> Sequence[str]:
         gone = []
@@ -228,8 +280,8 @@ class FileSystemDriver:
                 continue
             key = f"{folder}/{name[len(_PARTIAL) : -17]}".lstrip("/")  # 17: a dash, twelve digits and the ending
             if is_stale(key):
-                with contextlib.suppress(FileNotFoundError):
-                    self.fs.rm_file(path)
+                with contextlib.suppress(FileNotFoundError), self._fs() as fs:
+                    fs.rm_file(path)
                 gone.append(key)
         return gone
 
@@ -247,7 +299,8 @@ class MemoryDriver(FileSystemDriver):
             check_deadline(deadline, path)
             if exclusive and self.find(path) is not None:
                 raise FileExistsError(path)
-            self.fs.pipe_file(path, block.data)
+            with self._fs() as fs:
+                fs.pipe_file(path, block.data)
         block.sent()
 
     def find(self, path: str, *, patience: float | None = None) -> Found | None:

@@ -11,7 +11,7 @@ from spotguard.errors import (
     StoreError,
     TransientStoreError,
 )
-from spotguard.stores._fsspec.drivers import Replaced
+from spotguard.stores._fsspec.drivers import Replaced, is_about_the_place
 
 __all__ = ["translate"]
 
@@ -55,6 +55,8 @@ def translate(
     """
     if isinstance(error, StoreError):
         return error
+    if type(error) is RuntimeError and isinstance(error.__cause__, Exception):
+        error = error.__cause__  # huggingface_hub says only that an upload has failed
     names = {kind.__name__ for kind in type(error).__mro__}
     status, text = _status(error), f"{type(error).__name__}: {error}".strip().removesuffix(":")
     text = " ".join(text.split())[:500]
@@ -65,6 +67,12 @@ def translate(
         kind, advice = (ObjectExistsError, "exists already") if exclusive else (StoreError, text)
     elif "ContainerNotFound" in str(getattr(error, "error_code", "")):
         kind, advice = StoreAccessError, "the container does not exist; create it, or correct the URI"
+    elif is_about_the_place(error):
+        kind = StoreAccessError
+        advice = (
+            f"the repository does not exist, or may not be seen ({text}); create it, correct the URI, or check the "
+        )
+        advice += f"credentials: {credentials}"
     elif "TransportError" not in names and (
         isinstance(error, PermissionError)
         or status in (401, 403)
