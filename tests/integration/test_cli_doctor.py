@@ -18,6 +18,7 @@ from spotguard import SpotGuard, TrainState
 from spotguard.cli.app import app
 from spotguard.errors import ConfigError
 from spotguard.stores.s3 import S3ObjectStore
+from spotguard.testing.metadata import FakeAws, FakeAzure, FakeGoogle
 
 Findings = list[dict[str, str]]
 
@@ -26,7 +27,9 @@ Findings = list[dict[str, str]]
 def a_machine_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """The platform that the tests themselves run on is not what they are about."""
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "KUBERNETES_", "AWS_EC2_METADATA", "GCE_METADATA", "TORCHELASTIC_")):
+        if name.startswith(
+            ("SLURM_", "KUBERNETES_", "AWS_EC2_METADATA", "GCE_METADATA", "TORCHELASTIC_", "SPOTGUARD_")
+        ):
             monkeypatch.delenv(name)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
@@ -122,6 +125,15 @@ def test_a_platform_without_an_answer_from_its_metadata_is_a_problem(monkeypatch
     assert only(examine(status=1), "metadata")["level"] == "problem"
     monkeypatch.setenv("SPOTGUARD_NOTICES", "none")
     assert "metadata" not in [finding["check"] for finding in examine()]
+
+
+def test_the_metadata_service_is_asked_where_the_guard_asks_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fake in (FakeAws(), FakeGoogle(), FakeAzure(limit=1000)):
+        with monkeypatch.context() as environment, fake:
+            for name, value in fake.environment.items():
+                environment.setenv(name, value)
+            examine()
+        assert fake.requests
 
 
 def test_a_place_that_cannot_be_written_to_is_a_problem(tmp_path: Path) -> None:

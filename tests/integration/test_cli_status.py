@@ -161,3 +161,24 @@ app(['doctor', {str(tmp_path)!r}], standalone_mode=False)
 assert 'torch' not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_number_of_the_newest_attempt_is_0_before_the_first(tmp_path: Path) -> None:
+    assert invoke(tmp_path / "run", "--attempt").stdout == "0\n"
+    assert not (tmp_path / "run").exists()
+    train(tmp_path / "run")
+    assert invoke(tmp_path / "run", "--attempt").stdout == "1\n"
+    kill(tmp_path / "run", step=7)
+    assert invoke(tmp_path / "run", "--attempt").stdout == "2\n"
+
+
+def test_a_start_that_has_not_come_as_far_as_the_run_has_failed_whatever_the_one_before_it_said(tmp_path: Path) -> None:
+    preempt(tmp_path)
+    assert invoke(tmp_path, "--word", "--after", 0).stdout == "preempted\n"
+    assert invoke(tmp_path, "--word", "--after", 1).stdout == "failed\n"
+    report = json.loads(invoke(tmp_path, "--json", "--after", 1).stdout)
+    assert (report["state"], report["attempt"], report["step"]) == ("failed", 1, 3)
+    assert "since attempt 1" in report["says"]
+    train(tmp_path)
+    assert invoke(tmp_path, "--finished", "--after", 1).exit_code == 0
+    assert invoke(tmp_path, "--finished", "--after", 2).exit_code == 1

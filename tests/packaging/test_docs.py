@@ -46,6 +46,19 @@ def test_links_lead_somewhere(page: str) -> None:
             assert ((ROOT / page).parent / target).exists(), target
 
 
+def test_every_page_can_be_reached_from_the_first() -> None:
+    readme = read("README.md")
+    assert [
+        path.name for path in ROOT.glob("docs/**/*.md") if f"({path.relative_to(ROOT).as_posix()})" not in readme
+    ] == []
+
+
+def test_the_layers_that_are_told_to_contributors_are_those_of_the_tree() -> None:
+    told = set(re.findall(r"`(\w+)`", read("CONTRIBUTING.md").partition("**Layers.**")[2].partition("**Modules**")[0]))
+    packages = {path.parent.name for path in (ROOT / "src/spotguard").glob("*/__init__.py")} - {"testing"}
+    assert packages <= told
+
+
 def test_the_version_is_the_one_that_is_installed() -> None:
     assert f'version = "{spotguard.__version__}"' in read("pyproject.toml")
 

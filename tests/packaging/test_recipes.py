@@ -13,11 +13,12 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 
 from spotguard import CheckpointStore
+from spotguard.notices.platforms import detect_platform, reserve_of
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ["aws-batch", "azure", "gce", "kubernetes", "sagemaker", "skypilot", "slurm", "systemd-ec2", "torchrun"]
@@ -148,10 +149,10 @@ from spotguard import SpotGuard, TrainState
 here = pathlib.Path(__file__).parent
 with SpotGuard(os.environ["RUN"], TrainState(model=torch.nn.Linear(2, 2)), every=10**9, notices="none") as guard:
     for step in guard.steps(int((here / "steps").read_text())):
-        if (here / "broken").exists():
-            raise ValueError("the loss is NaN")
         (here / "pid").write_text(str(os.getpid()))
         time.sleep(0.01)
+        if (here / "broken").exists():
+            raise ValueError("the loss is NaN")
 """
 
 
@@ -164,7 +165,7 @@ class Site:
     def __init__(self, root: Path) -> None:
         self.root, self.run, self.bin = root, root / "run-17", root / "bin"
         self.bin.mkdir()
-        (root / "train.py").write_text(TRAIN)
+        self.mend()
         self.steps(10**9)
         self.program("python", f'exec {sys.executable} "$@"')
         self.program("spotguard", f'exec {sys.executable} -c "from spotguard.cli import main; main()" "$@"')
@@ -179,16 +180,28 @@ class Site:
 
     def steps(self, total: int) -> None:
         (self.root / "steps").write_text(str(total))
-        (self.root / "pid").unlink(missing_ok=True)
 
     def ends(self) -> None:
         """From its next start on the training comes to its end."""
         self.steps((CheckpointStore(self.run).latest() or pytest.fail("no checkpoint")).step + 3)
 
+    def break_imports(self) -> None:
+        """From its next start on the script cannot even begin."""
+        (self.root / "train.py").write_text("import nothing_of_that_name")
+
+    def break_loop(self) -> None:
+        """From its next start on an exception ends the loop."""
+        (self.root / "broken").touch()
+
+    def mend(self) -> None:
+        (self.root / "train.py").write_text(TRAIN)
+        (self.root / "broken").unlink(missing_ok=True)
+
     def environment(self, **more: str) -> dict[str, str]:
         return {**os.environ, "PATH": f"{self.bin}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", **more}
 
     def start(self, command: list[str], **environment: str) -> "subprocess.Popen[bytes]":
+        (self.root / "pid").unlink(missing_ok=True)
         return subprocess.Popen(command, cwd=self.root, env=self.environment(**environment), start_new_session=True)
 
     def pid(self, starter: "subprocess.Popen[bytes]") -> int:
@@ -205,10 +218,14 @@ class Site:
         return path.read_text().splitlines() if path.exists() else []
 
 
-@pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+@pytest.fixture(autouse=True)
+def no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_", "INVOCATION_ID"))]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Iterator[Site]:
     place = Site(tmp_path)
     yield place
     if (tmp_path / "pid").exists() and (text := (tmp_path / "pid").read_text()):
@@ -218,60 +235,54 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
             return
 
 
-def slurm(site: Site, number: signal.Signals | None = None) -> int:
-    """Run the batch script; the step gets a signal once it trains. Returns the exit status."""
-    script = only("slurm", "bash").replace("/scratch/run-17", str(site.run))
-    (site.root / "job.sh").write_text(script)
-    with site.start(["bash", "job.sh"], SLURM_JOB_ID="4711") as process:
-        if number is not None:
-            os.kill(site.pid(process), number)
-        return process.wait(PATIENCE)
+class Recipe(Protocol):
+    """As much of a scheduler as its recipe relies on."""
+
+    def __init__(self, site: Site) -> None: ...
+
+    def run(self, number: signal.Signals | None = None) -> str:
+        """Start the training; it gets a signal once it trains. Returns what comes next: ``again``, ``done`` or ``failed``."""
+        ...
 
 
-def test_slurm_requeues_what_was_stopped_by_its_signal_and_not_what_is_finished(site: Site) -> None:
-    assert "#SBATCH --signal=USR1@120" in only("slurm", "bash")
-    assert "B:" not in only("slurm", "bash")  # that would signal the script, and not the training
-    slurm(site, signal.SIGUSR1)
-    assert site.requeued() == ["requeue 4711"]
-    assert json.loads((site.run / "exit.json").read_bytes())["notice"] == "SIGUSR1"
-    site.ends()
-    assert slurm(site) == 0
-    assert site.requeued() == ["requeue 4711"]
-    assert slurm(site) == 0  # started again by hand: nothing to do
-    assert len(site.requeued()) == 1
+class Slurm:
+    """sbatch: the script is what counts."""
 
+    def __init__(self, site: Site) -> None:
+        script = only("slurm", "bash").replace("/scratch/run-17", str(site.run))
+        assert "#SBATCH --signal=USR1@120" in script
+        assert "B:" not in script  # that would signal the script, and not the training
+        (site.root / "job.sh").write_text(script)
+        self._site = site
 
-def test_slurm_requeues_what_was_killed_and_not_what_failed(site: Site) -> None:
-    slurm(site, signal.SIGKILL)
-    assert site.requeued() == ["requeue 4711"]
-    (site.root / "broken").touch()
-    assert slurm(site) == 1
-    shutil.rmtree(site.run)
-    (site.root / "train.py").write_text("import nothing_of_that_name")
-    assert slurm(site) == 1
-    assert len(site.requeued()) == 1
-
-
-def test_torchrun_ends_with_a_status_that_a_scheduler_understands(site: Site) -> None:
-    (site.root / "job.sh").write_text(only("torchrun", "bash"))
-
-    def start(number: signal.Signals | None = None) -> int:
-        with site.start(["bash", "job.sh"], RUN=str(site.run)) as process:
+    def run(self, number: signal.Signals | None = None) -> str:
+        before = len(self._site.requeued())
+        with self._site.start(["bash", "job.sh"], SLURM_JOB_ID="4711") as process:
             if number is not None:
-                site.pid(process)
-                process.send_signal(number)  # to the script alone
-            return process.wait(PATIENCE)
-
-    assert start(signal.SIGTERM) == 143
-    site.ends()
-    assert start() == 0
-    site.steps(10**9)
-    (site.root / "broken").touch()
-    assert start() == 1
+                os.kill(self._site.pid(process), signal.SIGUSR1 if number == signal.SIGTERM else number)
+            status = process.wait(PATIENCE)
+        requeued = self._site.requeued()[before:]
+        assert requeued in ([], ["requeue 4711"])
+        return "again" if requeued else "failed" if status else "done"
 
 
-class Unit:
-    """As much of systemd as the unit in the recipe relies on: systemd.service(5), systemd.kill(5)."""
+class Torchrun:
+    """Any scheduler that goes by the exit status, and signals the script alone."""
+
+    def __init__(self, site: Site) -> None:
+        (site.root / "job.sh").write_text(only("torchrun", "bash"))
+        self._site = site
+
+    def run(self, number: signal.Signals | None = None) -> str:
+        with self._site.start(["bash", "job.sh"], RUN=str(self._site.run)) as process:
+            if number is not None:
+                training = self._site.pid(process)
+                os.kill(process.pid if number == signal.SIGTERM else training, number)
+            return {0: "done", 1: "failed", 143: "again"}[process.wait(PATIENCE)]
+
+
+class Systemd:
+    """systemd.service(5), systemd.kill(5)."""
 
     def __init__(self, site: Site) -> None:
         text = only("systemd-ec2", "ini").replace("/opt/train/.venv/bin/", f"{site.bin}/")
@@ -283,66 +294,135 @@ class Unit:
         name, _, value = self.service["Environment"].partition("=")
         self._environment = {name: value}
 
-    def may_start(self) -> bool:
+    def run(self, number: signal.Signals | None = None) -> str:
+        if not self._may_start():
+            return "done"
+        assert self.service["KillMode"] == "mixed"  # SIGTERM goes to the main process
+        with self._site.start(shlex.split(self.service["ExecStart"]), **self._environment) as process:
+            if number is not None:
+                self._site.pid(process)
+                process.send_signal(number)
+            status = process.wait(min(PATIENCE, float(self.service["TimeoutStopSec"])))
+        assert self.service["Restart"] == "on-abnormal"  # a signal, and no exit status but the one that is forced
+        if status < 0 or str(status) in self.service["RestartForceExitStatus"].split():
+            return "again"
+        return "failed" if status else "done"
+
+    def _may_start(self) -> bool:
         """``ExecCondition``: 1 to 254 skips the rest, and is no failure."""
         command = shlex.split(self.service["ExecCondition"])
         status = subprocess.run(command, env=self._site.environment(**self._environment), check=False).returncode
         assert status in (0, 1)
         return status == 0
 
-    def run(self, *, stopped: bool = False) -> int:
-        """Start it; SIGTERM to the main process, as `KillMode=mixed` says, where it is stopped. Returns its exit status."""
-        assert self.service["KillMode"] == "mixed"
-        with self._site.start(shlex.split(self.service["ExecStart"]), **self._environment) as process:
-            if stopped:
-                self._site.pid(process)
-                process.send_signal(signal.SIGTERM)
-            return process.wait(min(PATIENCE, float(self.service["TimeoutStopSec"])))
 
-    def restarts(self, status: int) -> bool:
-        """Whether it is started again after `RestartSec`."""
-        forced = str(status) in self.service["RestartForceExitStatus"].split()
-        return forced or (self.service["Restart"] == "on-failure" and status != 0)
+class StartUpScript:
+    """Compute Engine starts it at each boot, whatever it was; so what counts is whether it goes as far as the training."""
+
+    def __init__(self, site: Site) -> None:
+        script = next(snippet for snippet in snippets("gce", "bash") if snippet.startswith("#!/bin/bash"))
+        (site.root / ".venv").mkdir()
+        (site.root / ".venv/bin").symlink_to(site.bin)
+        (site.root / "startup.sh").write_text(
+            script.replace("gs://my-bucket/run-17", str(site.run)).replace("/opt/train", str(site.root))
+        )
+        self._site = site
+
+    def run(self, number: signal.Signals | None = None) -> str:
+        with self._site.start(["bash", "startup.sh"]) as process:
+            if number is not None:
+                assert self._site.pid(process) == process.pid  # exec: the signal reaches it
+                process.send_signal(number)
+            return {0: "done", 1: "failed", 143: "again", -signal.SIGKILL: "again"}[process.wait(PATIENCE)]
 
 
-def test_systemd_starts_again_what_was_stopped_and_never_what_is_finished(site: Site) -> None:
-    unit = Unit(site)
-    assert unit.may_start()  # the run is not there yet
-    status = unit.run(stopped=True)
-    assert status == 143
-    assert unit.restarts(status)
-    assert unit.may_start()
+class Status:
+    """The training alone, as one that starts containers sees it; a rule makes something of its exit status."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+
+    def run(self, number: signal.Signals | None = None) -> str:
+        with self._site.start([f"{self._site.bin}/python", "train.py"], RUN=str(self._site.run)) as process:
+            if number is not None:
+                os.kill(self._site.pid(process), number)
+            status = process.wait(PATIENCE)
+        status = 128 - status if status < 0 else status
+        (found,) = {rule(status) for rule in (kubernetes_does, batch_does, skypilot_does)}
+        return found
+
+
+def kubernetes_does(status: int) -> str:
+    """After the exit of a container on a node that goes away if that was killed."""
+    *ignored, last = yaml_of("kubernetes")["spec"]["podFailurePolicy"]["rules"]
+    disrupted = [{"type": "DisruptionTarget"}] in [rule["onPodConditions"] for rule in ignored]
+    if status in last["onExitCodes"]["values"] or (status == 137 and disrupted):
+        return "again"
+    return "failed" if status else "done"  # which counts against backoffLimit
+
+
+def batch_does(status: int) -> str:
+    job, _ = (json.loads(snippet) for snippet in snippets("aws-batch", "json"))
+    if not status:
+        return "done"
+    for rule in job["retryStrategy"]["evaluateOnExit"]:
+        if rule.get("onExitCode") == str(status) or rule.get("onReason") == "*":
+            return {"RETRY": "again", "EXIT": "failed"}[rule["action"]]
+    raise AssertionError("no rule for that")
+
+
+def skypilot_does(status: int) -> str:
+    """It looks at the machine itself to see that one was taken away."""
+    if status == 137 or status in yaml_of("skypilot")["resources"]["job_recovery"]["recover_on_exit_codes"]:
+        return "again"
+    return "failed" if status else "done"  # which counts against max_restarts_on_errors
+
+
+@pytest.mark.parametrize("recipe", [Slurm, Torchrun, Systemd, StartUpScript, Status])
+def test_what_was_stopped_is_started_again_and_what_is_broken_or_finished_is_not(
+    site: Site, recipe: type[Recipe]
+) -> None:
+    if recipe is Status:
+        pytest.importorskip("yaml")
+    scheduler = recipe(site)
+    assert scheduler.run(signal.SIGTERM) == "again"
+    site.break_imports()
+    assert scheduler.run() == "failed"  # though the run says of the start before that it was stopped
+    site.mend()
+    assert scheduler.run(signal.SIGKILL) == "again"
+    site.break_loop()
+    assert scheduler.run() == "failed"
+    site.mend()
     site.ends()
-    status = unit.run()
-    assert status == 0
-    assert not unit.restarts(status)
-    assert not unit.may_start()  # at the next boot
-    assert float(unit.service["RestartSec"]) > 120  # by then the machine is gone, if it was to go
+    assert scheduler.run() == "done"
+    assert scheduler.run() == "done"  # by hand, or at the next boot
+
+
+def test_the_recipe_for_slurm_has_its_signal_heard(site: Site) -> None:
+    assert Slurm(site).run(signal.SIGTERM) == "again"
+    assert json.loads((site.run / "exit.json").read_bytes())["notice"] == "SIGUSR1"
+
+
+def test_a_machine_that_is_to_go_is_gone_before_systemd_starts_again(site: Site) -> None:
+    assert float(Systemd(site).service["RestartSec"]) > 120
+
+
+def test_systemd_waits_longer_than_the_guard_takes(site: Site) -> None:
+    for page, cloud in (("systemd-ec2", "aws"), ("azure", "azure"), ("gce", "google")):
+        (given, *_) = [*re.findall(r"TimeoutStopSec=(\d+)", (ROOT / f"docs/how-to/{page}.md").read_text()), ""]
+        wait = float(given or Systemd(site).service["TimeoutStopSec"])
+        variable = {"aws": "AWS_EC2_METADATA_SERVICE_ENDPOINT", "azure": "SPOTGUARD_AZURE_ENDPOINT"}
+        platform = detect_platform({variable.get(cloud, "GCE_METADATA_HOST"): "http://host", "INVOCATION_ID": "1"})
+        assert platform.cloud == cloud
+        assert platform.grace_s is not None
+        assert wait - (platform.grace_s - reserve_of(platform.grace_s)) >= 5  # to end, and to say how
 
 
 def test_systemd_accepts_the_unit(site: Site) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not here")
     path = site.root / "train.service"
-    path.write_text(Unit(site).text)
+    path.write_text(Systemd(site).text)
     done = subprocess.run(["systemd-analyze", "verify", "--man=no", path], capture_output=True, text=True, check=False)
     complaints = [line for line in done.stderr.splitlines() if "train.service" in line]
     assert complaints == [], textwrap.indent(done.stderr, "  ")
-
-
-def test_the_start_up_script_of_compute_engine_gives_way_to_the_training(site: Site) -> None:
-    script = next(snippet for snippet in snippets("gce", "bash") if snippet.startswith("#!/bin/bash"))
-    (site.root / ".venv").mkdir()
-    (site.root / ".venv/bin").symlink_to(site.bin)
-    (site.root / "startup.sh").write_text(
-        script.replace("gs://my-bucket/run-17", str(site.run)).replace("/opt/train", str(site.root))
-    )
-    with site.start(["bash", "startup.sh"]) as process:
-        assert site.pid(process) == process.pid  # exec: the signal reaches it
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(PATIENCE) == 143
-    site.ends()
-    for _ in range(2):
-        with site.start(["bash", "startup.sh"]) as process:
-            assert process.wait(PATIENCE) == 0
-    assert len([*(site.run / "attempts").iterdir()]) == 2  # the third start has not come as far as that

@@ -5,13 +5,13 @@ import email.utils
 import http.server
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 
 from spotguard.ops.doctor import Finding, examine_clock
-from spotguard.ops.doctor.asking import ask
-from spotguard.ops.doctor.metadata import Asked, examine_metadata
+from spotguard.ops.doctor.asking import Asked, ask
+from spotguard.ops.doctor.metadata import examine_metadata
 
 Reply = tuple[int, str] | tuple[int, str, dict[str, str]] | None
 """Status, body, headers; None never answers."""
@@ -58,6 +58,9 @@ def serving(service: Service, *, ahead_s: float = 0.0) -> Iterator[str]:
         server.server_close()
 
 
+NOWHERE = "http://127.0.0.1:1"
+
+
 def aws(service: Service, *, ahead_s: float = 0.0) -> Asked:
     with serving(service, ahead_s=ahead_s) as base:
         return examine_metadata("aws", {"AWS_EC2_METADATA_SERVICE_ENDPOINT": f"{base}/"})
@@ -68,14 +71,20 @@ def by_check(asked: Asked) -> dict[str, Finding]:
 
 
 def imds(
-    method: str, path: str, headers: dict[str, str], *, v1: bool = True, notice: str = "", kind: str = "spot"
+    method: str,
+    path: str,
+    headers: dict[str, str],
+    *,
+    v1: bool = True,
+    kind: str = "spot",
+    items: Mapping[str, str] | None = None,
 ) -> Reply:
     """EC2's, in order."""
     if method == "PUT":
         return (200, "TOKEN") if headers.get("x-aws-ec2-metadata-token-ttl-seconds") else (400, "")
     if headers.get("x-aws-ec2-metadata-token") != "TOKEN" and not v1:
         return 401, ""
-    known = {"spot/instance-action": notice, "instance-life-cycle": kind, "instance-id": "i-0123"}
+    known = {"instance-life-cycle": kind, "instance-id": "i-0123", **(items or {})}
     body = known.get(path.removeprefix("/latest/meta-data/"), "")
     return (200, body) if body else (404, "")
 
@@ -90,9 +99,49 @@ def test_imdsv1_beside_it_is_worth_a_word() -> None:
     assert by_check(aws(imds))["imds"].level == "info"
 
 
-def test_a_notice_that_stands_is_said() -> None:
-    found = by_check(aws(lambda *request: imds(*request, notice='{"action": "terminate"}')))
-    assert "terminate" in found["notice"].what
+MAINTENANCE = """[{"NotBefore": "21 Jan 2029 09:00:43 GMT", "Code": "system-reboot", "State": "%s"}]"""
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "what"),
+    [
+        ("spot/instance-action", '{"action": "terminate"}', "terminate"),
+        ("events/recommendations/rebalance", '{"noticeTime": "2029-10-27T08:22:00Z"}', "rebalance"),
+        ("autoscaling/target-lifecycle-state", "Terminated", "Auto Scaling"),
+        ("events/maintenance/scheduled", MAINTENANCE % "active", "system-reboot not before 21 Jan 2029"),
+    ],
+)
+def test_a_notice_that_stands_is_said(path: str, body: str, what: str) -> None:
+    found = by_check(aws(lambda *request: imds(*request, items={path: body})))
+    assert found["notice"].level == "warning"
+    assert what in found["notice"].what
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("events/maintenance/scheduled", "[]"),
+        ("events/maintenance/scheduled", MAINTENANCE % "completed"),
+        ("events/maintenance/scheduled", "no JSON"),
+    ],
+)
+def test_what_is_no_notice_is_not_said(path: str, body: str) -> None:
+    assert "notice" not in by_check(aws(lambda *request: imds(*request, items={path: body})))
+
+
+def test_an_auto_scaling_group_is_said() -> None:
+    found = by_check(aws(lambda *request: imds(*request, items={"autoscaling/target-lifecycle-state": "InService"})))
+    assert found["group"].level == "ok"
+
+
+@pytest.mark.parametrize(("mode", "fix"), [("", "ENDPOINT_MODE=ipv6"), ("ipv6", "unset")])
+def test_a_service_that_answers_at_its_other_address_only_is_found(mode: str, fix: str) -> None:
+    with serving(imds) as base:
+        addresses = {"": NOWHERE, "ipv6": base} if not mode else {"": base, "ipv6": NOWHERE}
+        environment = {"AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE": mode}
+        found = by_check(examine_metadata("aws", environment, ec2=addresses))
+    assert found["metadata"].level == "problem"
+    assert fix in found["metadata"].fix
 
 
 def test_a_machine_that_nobody_preempts_is_said() -> None:
@@ -123,11 +172,9 @@ def test_a_service_without_tokens_is_read_by_imdsv1() -> None:
 
 
 def test_nobody_there_is_a_problem() -> None:
-    with serving(imds) as base:
-        pass
     for cloud in ("aws", "google", "azure"):
-        environment = {"AWS_EC2_METADATA_SERVICE_ENDPOINT": base, "GCE_METADATA_HOST": base.removeprefix("http://")}
-        found = examine_metadata(cloud, environment, azure=base).findings
+        names = ("AWS_EC2_METADATA_SERVICE_ENDPOINT", "GCE_METADATA_HOST", "SPOTGUARD_AZURE_ENDPOINT")
+        found = examine_metadata(cloud, dict.fromkeys(names, NOWHERE)).findings
         assert [finding.level for finding in found] == ["problem"], cloud
 
 
@@ -135,10 +182,17 @@ def test_no_cloud_asks_nobody() -> None:
     assert examine_metadata(None).findings == []
 
 
-def google(path: str, headers: dict[str, str], *, preempted: str = "FALSE", flavor: str = "Google") -> Reply:
+def google(
+    path: str,
+    headers: dict[str, str],
+    *,
+    preempted: str = "FALSE",
+    maintenance: str = "NONE",
+    flavor: str = "Google",
+) -> Reply:
     if headers.get("metadata-flavor") != "Google":
         return 403, ""
-    known = {"preempted": preempted, "scheduling/preemptible": "TRUE"}
+    known = {"preempted": preempted, "maintenance-event": maintenance, "scheduling/preemptible": "TRUE"}
     body = known.get(path.removeprefix("/computeMetadata/v1/instance/"), "")
     return (200 if body else 404), body, {"Metadata-Flavor": flavor}
 
@@ -148,6 +202,7 @@ def google(path: str, headers: dict[str, str], *, preempted: str = "FALSE", flav
     [
         ({}, {"metadata": "ok", "machine": "ok"}),
         ({"preempted": "TRUE"}, {"metadata": "ok", "notice": "warning", "machine": "ok"}),
+        ({"maintenance": "TERMINATE_ON_HOST_MAINTENANCE"}, {"metadata": "ok", "notice": "warning", "machine": "ok"}),
         ({"flavor": "a captive portal"}, {"metadata": "problem"}),
     ],
 )
@@ -170,12 +225,24 @@ def azure(path: str, headers: dict[str, str], *, events: Reply = (200, '{"Events
 )
 def test_azures_scheduled_events_may_take_two_minutes_to_begin(events: Reply, level: str) -> None:
     with serving(lambda _, path, headers: azure(path, headers, events=events)) as base:
-        found = by_check(examine_metadata("azure", azure=base))
+        found = by_check(examine_metadata("azure", {"SPOTGUARD_AZURE_ENDPOINT": base}))
     assert {check: finding.level for check, finding in found.items()} == {
         "metadata": "ok",
         "machine": "ok",
         "events": level,
     }
+
+
+EVENT = '{"Events": [{"EventType": "%s", "EventStatus": "Scheduled", "Resources": ["%s"], "NotBefore": ""}, null]}'
+
+
+@pytest.mark.parametrize(("name", "notices"), [("VM", ["a notice of Azure stands: Preempt"]), ("vm-2", [])])
+def test_an_event_that_is_about_this_machine_is_a_notice_and_one_about_another_is_not(
+    name: str, notices: list[str]
+) -> None:
+    with serving(lambda _, path, headers: azure(path, headers, events=(200, EVENT % ("Preempt", name)))) as base:
+        found = examine_metadata("azure", {"SPOTGUARD_AZURE_ENDPOINT": base}).findings
+    assert [finding.what for finding in found if finding.check == "notice"] == notices
 
 
 def test_a_redirect_is_not_followed_and_a_proxy_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,6 +119,22 @@ def test_a_handler_that_is_there_already_is_named() -> None:
     assert "theirs" in found[0].what
 
 
+C_HANDLER = """
+import ctypes, signal
+from spotguard.ops.doctor.process import examine_signals, read_process
+libc = ctypes.CDLL(None)
+libc.signal(15, ctypes.cast(libc.abs, ctypes.c_void_p))
+print(*[finding.what for finding in examine_signals(read_process()) if finding.level == "info"], sep="\\n")
+"""
+
+
+def test_a_handler_that_a_c_library_has_set_is_found() -> None:
+    found = subprocess.run([sys.executable, "-c", C_HANDLER], capture_output=True, text=True, check=True).stdout
+    assert found.splitlines() == [
+        "SIGTERM has a handler that was not set in Python; ours takes its place, and cannot call it"
+    ]
+
+
 def theirs(number: int, frame: object) -> None:
     """Somebody else's."""
 

@@ -20,6 +20,14 @@ def doctor_command(
     grace: Annotated[
         str | None, typer.Option(help="What the script says with grace=, such as 30s.", show_default=False)
     ] = None,
+    pid: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Look at this training, which runs already; by default at that of URI, if it runs here.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Look for what could keep a notice from being heard, or a save from being made in time. Exit status 1 if there is a problem.
@@ -28,7 +36,7 @@ def doctor_command(
     """
     from spotguard.ops.doctor import examine
 
-    findings = examine(uri, grace=grace)
+    findings = examine(uri, grace=grace, pid=pid)
     problems = sum(finding.level == "problem" for finding in findings)
     if as_json:
         print(to_json({"problems": problems, "findings": [dataclasses.asdict(item) for item in findings]}))  # noqa: T201

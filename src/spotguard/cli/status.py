@@ -9,6 +9,8 @@ import typer
 from spotguard.cli.opening import existing_run
 from spotguard.cli.output import age, table, to_json
 from spotguard.ops.run_status import read_status
+from spotguard.pipeline.checkpoint_store import CheckpointStore
+from spotguard.pipeline.history import read_history
 
 __all__ = ["status_command"]
 
@@ -23,11 +25,23 @@ def status_command(
     word: Annotated[
         bool, typer.Option("--word", help="Print one word only: finished, preempted, failed or unknown.")
     ] = False,
+    attempt: Annotated[
+        bool,
+        typer.Option("--attempt", help="Print the number of the newest attempt only, 0 before the first: for --after."),
+    ] = False,
+    after: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Ask about a start after this attempt. If there is none, it has failed.", show_default=False
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Say how the newest attempt ended: finished, preempted, failed; or that it runs, or was killed without a word."""
+    if attempt:  # of a run that need not be there yet
+        return print(read_history(CheckpointStore(uri).objects).newest_attempt)  # noqa: T201
     store = existing_run(uri)
-    status = read_status(store.objects)
+    status = read_status(store.objects, after=after)
     if word:
         print(status.state)  # noqa: T201
     elif as_json:
@@ -50,6 +64,7 @@ def status_command(
         table(store.uri, ("field", "value"), [row for row in about.items() if row[1]])
     if finished and status.state != "finished":
         raise typer.Exit(1)
+    return None
 
 
 def _plain(value: Any) -> Any:

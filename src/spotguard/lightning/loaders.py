@@ -7,7 +7,7 @@ from typing import Any
 
 from spotguard.errors import StateMismatchError
 from spotguard.state.data import DataTracker
-from spotguard.state.samples import worker_init
+from spotguard.state.workers import worker_init
 
 __all__ = ["GuardedLoader", "TrainingData", "shield_workers", "starting_workers"]
 

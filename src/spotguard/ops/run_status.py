@@ -47,11 +47,13 @@ class RunStatus:
     at: dt.datetime | None = None
 
 
-def read_status(store: ObjectStore) -> RunStatus:
+def read_status(store: ObjectStore, *, after: int | None = None) -> RunStatus:
     """Read how a run stands; a damaged record is part of the answer.
 
     Args:
         store: The run.
+        after: Ask about a start that came after this attempt. One that ended before it had claimed an attempt has left nothing, and what
+            the attempt before it has left says nothing of it.
 
     Raises:
         StoreError: It cannot be read.
@@ -69,6 +71,16 @@ def read_status(store: ObjectStore) -> RunStatus:
         trouble = [str(error), *trouble]
     attempt = history.newest_attempt
     written = manifest.created_at if manifest is not None else None
+    if after is not None and attempt <= after:
+        return RunStatus(
+            state="failed",
+            says=f"nothing has been started since attempt {after}: it failed before it had the run",
+            attempt=attempt,
+            step=newest.step if newest is not None else None,
+            checkpoint=str(newest) if newest is not None else None,
+            committed_at=written,
+            detail="; ".join(trouble),
+        )
     if record is not None and record.attempt >= attempt:
         return RunStatus(
             state=record.state,

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from spotguard.errors import InexactResumeWarning, StateMismatchError
 from spotguard.state.compare import fingerprint
 from spotguard.state.rng import capture_rng, decode_generator, encode_generator, is_generator, restore_rng
-from spotguard.state.samples import IndexStream, StatefulIndexStream, seeded_dataset, worker_init
+from spotguard.state.samples import IndexStream, StatefulIndexStream, seeded_dataset
+from spotguard.state.workers import worker_init
 
 __all__ = ["TrackedLoader", "check_loader", "describe_loader", "warn_inexact"]
 

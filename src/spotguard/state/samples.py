@@ -1,16 +1,13 @@
 """Random numbers for each sample of its own, so that what a worker draws does not depend on which worker, or on what it did before."""
 
-import os
 import random
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["IndexStream", "Sample", "StatefulIndexStream", "sample_seed", "seeded_dataset", "worker_init"]
+__all__ = ["IndexStream", "Sample", "StatefulIndexStream", "sample_seed", "seeded_dataset"]
 
 _MASK = (1 << 64) - 1
 
@@ -68,32 +65,6 @@ class _SeededBatchDataset(_SeededDataset):
 def seeded_dataset(dataset: Any) -> Any:
     """Wrap a map-style dataset; it is then indexed by `Sample`."""
     return (_SeededBatchDataset if getattr(dataset, "__getitems__", None) else _SeededDataset)(dataset)
-
-
-class worker_init:  # noqa: N801 - a function with state; a closure could not be pickled for spawned workers
-    """Worker set-up: hear SIGTERM from the main process only, and SIGINT not at all, then run the user's own ``worker_init_fn``.
-
-    A stop that is delivered to the whole process group (Ctrl-C, SLURM, ``docker stop``) would otherwise kill the workers, and with them
-    the step that has to be finished before the save. The main process still ends them as it always does.
-    """
-
-    def __init__(self, then: Callable[[int], None] | None) -> None:
-        self.then = then
-
-    def __call__(self, worker: int) -> None:
-        """Called in the worker, with its number."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if hasattr(signal, "sigwaitinfo"):
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-            threading.Thread(target=_obey_parent_only, name="spotguard-worker-signals", daemon=True).start()
-        if self.then is not None:
-            self.then(worker)
-
-
-def _obey_parent_only() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
 
 
 class IndexStream:

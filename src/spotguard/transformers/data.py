@@ -20,7 +20,8 @@ from spotguard.errors import StateMismatchError
 from spotguard.state.compare import fingerprint
 from spotguard.state.loaders import TrackedLoader, check_loader, describe_loader, warn_inexact
 from spotguard.state.rng import capture_rng, restore_rng
-from spotguard.state.samples import IndexStream, seeded_dataset, worker_init
+from spotguard.state.samples import IndexStream, seeded_dataset
+from spotguard.state.workers import worker_init
 
 __all__ = ["TrainingBatches", "shield_workers"]
 

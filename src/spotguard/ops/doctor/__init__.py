@@ -13,6 +13,7 @@ from spotguard.ops.doctor.place import examine_grace, examine_platform, is_conta
 from spotguard.ops.doctor.process import ancestors, examine_ancestors, examine_ranks, examine_signals, read_process
 from spotguard.ops.doctor.saves import examine_saves
 from spotguard.ops.doctor.stores import examine_store, open_run_place
+from spotguard.ops.doctor.training import examine_training, training_of
 from spotguard.settings import load_settings
 from spotguard.stores import ObjectStore
 
@@ -22,12 +23,13 @@ __all__ = ["Finding", "Level", "examine", "examine_clock"]
 _OFF_S, _FAR_OFF_S = 2.0, 30.0
 
 
-def examine(uri: str | None = None, *, grace: str | None = None) -> list[Finding]:
+def examine(uri: str | None = None, *, grace: str | None = None, pid: int | None = None) -> list[Finding]:
     """Look at everything that can be looked at from here. What is written on the way is deleted again.
 
     Args:
         uri: Where the run is kept, or will be; None leaves the store out.
         grace: What the script says with ``grace=``.
+        pid: Number of a training that runs here; by default that of the process that has claimed the newest attempt, if it is here.
 
     Raises:
         ConfigError: `grace` is not a duration.
@@ -47,14 +49,17 @@ def examine(uri: str | None = None, *, grace: str | None = None) -> list[Finding
     findings += examine_platform(platform, notices=notices)
     asked = examine_metadata(platform.cloud if notices != "none" else None)
     findings += asked.findings
-    findings += examine_ancestors(ancestors(), read_process(1), in_container=is_container())
-    findings += examine_signals(read_process(), wanted=platform.signals)
+    store, trouble = open_run_place(uri) if uri is not None else (None, [])
+    if pid is None and store is not None:
+        pid = training_of(store)
+    findings += examine_ancestors(ancestors(pid or "self"), read_process(1), in_container=is_container())
+    if pid is None:
+        findings += examine_signals(read_process(), wanted=platform.signals)
+    else:
+        findings += examine_training(pid, wanted=platform.signals)
     findings += examine_ranks()
     findings += examine_grace(platform, given)
-    store: ObjectStore | None = None
-    if uri is not None:
-        store, trouble = open_run_place(uri)
-        findings += trouble
+    findings += trouble
     if store is not None:
         found = examine_store(store)
         findings += found

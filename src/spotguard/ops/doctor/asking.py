@@ -5,10 +5,24 @@ import datetime as dt
 import email.utils
 import time
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from spotguard.notices.metadata import MetadataClient
+from spotguard.ops.doctor.findings import Finding
 
-__all__ = ["Answer", "ask", "skew"]
+__all__ = ["Answer", "Asked", "ask", "skew"]
+
+
+class Asked(NamedTuple):
+    """What a metadata service was found to be like.
+
+    Attributes:
+        findings: To say.
+        skew_s: How far its clock is ahead of ours; None where it has not said.
+    """
+
+    findings: list[Finding]
+    skew_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +67,14 @@ def ask(base: str, path: str, headers: Mapping[str, str] | None = None, *, metho
     """
     began, clock = time.monotonic(), time.time()
     try:
-        status, found, body = MetadataClient(base).ask(method, path, headers)
+        answer = MetadataClient(base).ask(method, path, headers)
     except TimeoutError:
         return Answer(0, time.monotonic() - began, trouble="no answer in time", timed_out=True)
     except (OSError, ValueError) as error:
         return Answer(0, time.monotonic() - began, trouble=f"{type(error).__name__}: {error}")
     seconds = time.monotonic() - began
-    return Answer(status, seconds, body, found, skew_s=skew(found, clock + seconds / 2))
+    told = skew(answer.headers, clock + seconds / 2)
+    return Answer(answer.status, seconds, answer.text, answer.headers, skew_s=told)
 
 
 def skew(headers: Mapping[str, str], now: float) -> float | None:

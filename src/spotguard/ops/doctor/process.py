@@ -8,7 +8,15 @@ from pathlib import Path
 
 from spotguard.ops.doctor.findings import Finding
 
-__all__ = ["Process", "ancestors", "examine_ancestors", "examine_ranks", "examine_signals", "read_process"]
+__all__ = [
+    "Process",
+    "ancestors",
+    "blocked_by_all",
+    "examine_ancestors",
+    "examine_ranks",
+    "examine_signals",
+    "read_process",
+]
 
 _PROC = Path("/proc")
 _SHELLS = {"sh", "bash", "dash", "ash", "zsh", "ksh", "busybox"}
@@ -77,9 +85,16 @@ def read_process(pid: int | str = "self", *, proc: Path = _PROC) -> Process | No
     return Process(number, parent, name, tuple(command), *masks)
 
 
-def ancestors(*, proc: Path = _PROC) -> list[Process]:
-    """From our parent up to process 1."""
-    return list(_upward(read_process(proc=proc), proc))
+def ancestors(pid: int | str = "self", *, proc: Path = _PROC) -> list[Process]:
+    """From the parent of a process, by default ours, up to process 1."""
+    return list(_upward(read_process(pid, proc=proc), proc))
+
+
+def blocked_by_all(pid: int, *, proc: Path = _PROC) -> frozenset[int]:
+    """Numbers of the signals that every thread of a process has blocked; any other is taken by one that has not."""
+    threads = [read_process(path.name, proc=path.parent) for path in (proc / str(pid) / "task").glob("*")]
+    masks = [thread.blocked for thread in threads if thread is not None]
+    return frozenset.intersection(*masks) if masks else frozenset()
 
 
 def _upward(process: Process | None, proc: Path) -> Iterator[Process]:
@@ -100,7 +115,7 @@ def examine_ancestors(above: list[Process], first: Process | None, *, in_contain
     """Who gets the SIGTERM, and does it pass it on.
 
     Args:
-        above: From our parent up.
+        above: From the parent of the process in question up.
         first: Process 1, which need not be above us: ``kubectl exec`` starts beside it.
         in_container: Whether process 1 is that of a container.
     """
@@ -131,12 +146,12 @@ def examine_ancestors(above: list[Process], first: Process | None, *, in_contain
             Finding(
                 "parents",
                 "warning",
-                f"above this process is a script: {names}. A shell does not pass on a SIGTERM that is sent to it alone",
+                f"above the process is a script: {names}. A shell does not pass on a SIGTERM that is sent to it alone",
                 _EXEC,
             )
         )
     else:
-        findings.append(Finding("parents", "ok", "no script stands between this process and whoever stops it"))
+        findings.append(Finding("parents", "ok", "no script stands between the process and whoever stops it"))
     return findings
 
 
@@ -188,6 +203,9 @@ def examine_signals(process: Process | None, *, wanted: tuple[str, ...] = ()) ->
         if callable(handler) and handler is not signal.default_int_handler:
             title = getattr(handler, "__qualname__", repr(handler))
             text = f"{name} has a handler already, {title}; ours is put before it, and it is called after"
+            findings.append(Finding("signals", "info", text))
+        elif process is not None and number in process.caught and handler is not signal.default_int_handler:
+            text = f"{name} has a handler that was not set in Python; ours takes its place, and cannot call it"
             findings.append(Finding("signals", "info", text))
     if not any(finding.level in ("problem", "warning") for finding in findings):
         findings.append(Finding("signals", "ok", f"{', '.join(names)} can be heard"))

@@ -105,7 +105,10 @@ def examine_saves(store: ObjectStore, least: tuple[float, str] | None) -> list[F
         if measured is None:
             return _probe(store, least)
     except (SpotguardError, OSError) as error:
-        return [Finding("save", "warning", f"what a save takes could not be found out: {error}")]
+        text = f"what a save takes could not be found out: {error}"
+        return [
+            Finding("save", "warning", text, "mend that, and ask again; until then nobody can say whether a save fits")
+        ]
     what = (
         f"a final save takes about {format_seconds(measured.save_s)} after a step of {format_seconds(measured.step_s)}"
     )

@@ -97,7 +97,7 @@ def _preflight(store: PreflightStore) -> list[Finding]:
             store.preflight()
         except (SpotguardError, OSError) as error:
             return [Finding("permissions", "problem", str(error), _remedy(error))]
-    findings = [Finding("permissions", "ok", "listing, writing, reading back and deleting are allowed")]
+    findings = [Finding("permissions", "ok", "what a run cannot do without is allowed")]
     from spotguard.stores.s3 import S3ObjectStore
 
     if isinstance(store, S3ObjectStore):
@@ -111,8 +111,10 @@ def _preflight(store: PreflightStore) -> list[Finding]:
         if able.checksum is None:
             text = "the server compares no checksum with what it is sent; damage on the way to it is found on load"
             findings.append(Finding("checksum", "info", text))
-        return findings
-    return findings + [Finding("store", "warning", str(warning.message)) for warning in said]
+        told = [str(warning.message) for warning in said if "does not keep versions" not in str(warning.message)]
+        return findings + [Finding("permissions", "warning", text, "see docs/how-to/s3.md") for text in told]
+    remedy = "see that no two trainers overlap, or use a store that creates exclusively: docs/how-to/object-stores.md"
+    return findings + [Finding("store", "warning", str(warning.message), remedy) for warning in said]
 
 
 def _exclusive(store: ObjectStore) -> list[Finding]:
