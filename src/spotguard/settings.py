@@ -27,7 +27,7 @@ class Settings(BaseSettings):
         grace: How long the platform leaves us after a signal or a notice that does not say it, such as ``"30s"``.
         azure_endpoint: Another address of Azure's metadata service; those of the other clouds have variables of their own for that.
         max_failures: Failed saves in a row after which training stops with an error.
-        poll_s: Seconds between looks at the ``stop`` object of the run.
+        poll_s: Seconds between looks at the ``stop`` object of the run. Default: 1 on this machine, 5 across a network.
         repeat_s: Seconds in which a repeated signal counts as the same one (launchers often deliver it twice).
         rehearsal: Set by ``spotguard rehearse`` for the processes it starts.
 
@@ -45,7 +45,7 @@ class Settings(BaseSettings):
     grace: str | None = None
     azure_endpoint: str | None = None
     max_failures: int = Field(default=3, ge=1)
-    poll_s: float = Field(default=1.0, gt=0, le=86400)
+    poll_s: float | None = Field(default=None, gt=0, le=86400)
     repeat_s: float = Field(default=1.0, ge=0)
     rehearsal: str | None = None
 

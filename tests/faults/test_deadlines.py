@@ -1,114 +1,21 @@
 """What is made of the seconds between a notice and the end: real time, a store that takes as long as it is told to."""
 
-import contextlib
-import itertools
+import os
+import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import pytest
-import torch
 
-from spotguard import CheckpointStore, NoticeSource, Preempted, PreemptionNotice, SpotGuard, TrainState
-from spotguard.checkpoint import ExitRecord
-from spotguard.checkpoint.layout import CHECKPOINTS, EXIT, MANIFESTS
-from spotguard.errors import TransientStoreError
-from spotguard.events import CheckpointCommitted, Event, FinalSavePlanned, GraceTooShort, NoticeWithdrawn, SaveFailed
-from spotguard.guard.departure import write_exit_record
-from spotguard.pipeline.objects import read_object
-from spotguard.stores import MemoryObjectStore, ObjectStore
-
-_numbers = itertools.count()
-
-
-class Told:
-    """A source that says what the test tells it."""
-
-    def __init__(self, name: str = "told") -> None:
-        self.name = name
-        self._emit: Callable[[PreemptionNotice], None] | None = None
-        self.heard = threading.Event()
-
-    def watch(self, emit: Callable[[PreemptionNotice], None], stop: threading.Event) -> None:
-        self._emit = emit
-        self.heard.set()
-        stop.wait()
-
-    def tell(self, **fields: Any) -> None:
-        assert self.heard.wait(10)
-        assert self._emit is not None
-        self._emit(
-            PreemptionNotice(**{"source": self.name, "kind": "preemption", "detail": "told", "id": "1"} | fields)
-        )
-
-    def tell_in(self, seconds: float, **fields: Any) -> None:
-        now = time.monotonic()
-        self.tell(deadline=now + seconds, received=now, **fields)
-
-
-class Slow:
-    """A store whose shards take `seconds` to be written, or until it is let go."""
-
-    def __init__(self, store: ObjectStore, seconds: float = 0.0) -> None:
-        self._store, self.seconds = store, seconds
-        self.go = threading.Event()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._store, name)
-
-    @contextlib.contextmanager
-    def create(self, key: str, *, exclusive: bool = False, deadline: float | None = None) -> Iterator[Any]:
-        with self._store.create(key, exclusive=exclusive, deadline=deadline) as writer:
-            yield writer
-            if key.startswith(CHECKPOINTS) and "rank" in key:
-                self.go.wait(self.seconds)
-
-
-class Training:
-    """A loop of short steps under a guard."""
-
-    def __init__(self, *tiers: ObjectStore, every: Any = "1h", **options: Any) -> None:
-        self.told, self.events = Told(), list[Event]()
-        self.model = torch.nn.Linear(4, 2)
-        self.stores = tiers or (MemoryObjectStore(f"memory://deadlines-{next(_numbers)}"),)
-        self.guard = SpotGuard(
-            list(self.stores) if len(self.stores) > 1 else self.stores[0],
-            TrainState(model=self.model),
-            every=every,
-            notices=[self.told],
-            on_event=self.events.append,
-            **options,
-        )
-        self.at_step: dict[int, Callable[[], None]] = {}
-
-    def run(self, steps: int = 1000, step_s: float = 0.005) -> int | None:
-        """The exit status; None if the loop came to its end."""
-        try:
-            with self.guard:
-                for step in self.guard.steps(steps):
-                    self.at_step.get(step, lambda: None)()
-                    with torch.no_grad():
-                        self.model.weight += 0.01
-                    time.sleep(step_s)
-        except Preempted as left:
-            self.left_at = time.monotonic()
-            return int(left.code or 0)
-        return None
-
-    def committed(self) -> list[int]:
-        return [event.step for event in self.events if isinstance(event, CheckpointCommitted)]
-
-    def choices(self) -> list[str]:
-        return [event.choice for event in self.events if isinstance(event, FinalSavePlanned)]
-
-    @property
-    def exit(self) -> ExitRecord:
-        return ExitRecord.from_bytes(read_object(self.stores[-1], EXIT), key=EXIT)
-
-
-def memory() -> MemoryObjectStore:
-    return MemoryObjectStore(f"memory://deadlines-{next(_numbers)}")
+from faults.notified import Breaks, Slow, Told, Training, memory
+from spotguard import CheckpointStore, NoticeSource, PreemptionNotice
+from spotguard.checkpoint.layout import MANIFESTS
+from spotguard.events import GraceTooShort, NoticeWithdrawn, SaveFailed, SaveStarted
+from spotguard.guard.last_word import LastWord
+from spotguard.notices import AzureSource
+from spotguard.stores import ObjectRef
+from spotguard.testing.metadata import FakeAzure
 
 
 def test_the_source_of_these_tests_is_a_notice_source() -> None:
@@ -242,36 +149,155 @@ def test_what_the_platform_usually_leaves_is_no_reason_to_give_up_a_save() -> No
     assert training.committed() == [6, training.guard.step]
 
 
-def test_a_loop_that_is_stuck_has_its_last_host_snapshot_committed() -> None:
-    store = memory()
-    broken = threading.Event()
+@pytest.mark.parametrize("seconds", [0.0, -60.0], ids=["now", "a minute ago"])
+def test_a_deadline_that_has_passed_when_we_hear_of_it_is_no_reason_to_give_up_a_save(seconds: float) -> None:
+    store = Slow(memory(), 0.5)
+    training = Training(store)
+    training.at_step = {
+        5: lambda: training.guard.save(),
+        8: lambda: time.sleep(0.8),
+        20: lambda: training.told.tell_in(seconds),
+    }
+    assert training.run() == 143
+    assert training.committed() == [6, 21]
+    assert training.choices() == ["fresh"]
+    assert training.exit.detail == ""
 
-    class Breaks(Slow):
-        @contextlib.contextmanager
-        def create(self, key: str, **options: Any) -> Iterator[Any]:
-            if broken.is_set() and key.startswith(CHECKPOINTS):
-                raise TransientStoreError("the network is away")
-            with self._store.create(key, **options) as writer:
-                yield writer
 
-    training = Training(Breaks(store))
+def test_a_deadline_that_passes_in_a_long_step_is_no_reason_either() -> None:
+    training = Training(Slow(memory(), 0.2))
+    training.at_step = {
+        5: lambda: training.guard.save(),
+        8: lambda: time.sleep(0.4),
+        20: lambda: (training.told.tell_in(0.3), time.sleep(0.6)),
+    }
+    assert training.run() == 143
+    assert training.committed() == [6, 21]
 
-    def break_down() -> None:
-        broken.set()
+
+def test_the_first_save_of_a_window_is_tried_again_when_it_has_failed() -> None:
+    store = Breaks(memory())
+    training = Training(store)
+
+    def notice() -> None:
+        store.broken = True
+        training.told.tell_in(6)
+
+    def mend() -> None:
+        training.wait_for(SaveFailed)
+        store.broken = False
+
+    training.at_step = {5: lambda: training.guard.save(), 20: notice, 60: mend}
+    assert training.run(100_000) == 143
+    first, again, last = training.committed()
+    assert first == 6
+    assert 60 < again < last - 100, "early in the window, not at its end"
+
+
+def test_a_store_that_goes_on_failing_is_not_tried_at_every_step() -> None:
+    store = Breaks(memory())
+    training = Training(store)
+
+    def notice() -> None:
+        store.broken = True
+        training.told.tell_in(3)
+
+    training.at_step = {5: lambda: training.guard.save(), 20: notice}
+    assert training.run(100_000) == 143
+    assert training.guard.step > 100
+    assert training.count(SaveStarted) <= 8
+    assert (training.exit.state, training.exit.checkpoint) == ("preempted", "0001-0000000006")
+    assert training.exit.detail, "says why"
+
+
+def test_where_a_save_is_in_flight_the_first_one_of_the_window_is_made_when_that_is_done() -> None:
+    store = Slow(memory())
+    training = Training(store)
+
+    def save_slowly() -> None:
+        store.seconds = 60
         training.guard.save()
 
-    def be_stuck() -> None:
-        until = time.monotonic() + 60
-        while time.monotonic() < until and not any(isinstance(event, SaveFailed) for event in training.events):
-            time.sleep(0.02)
-        broken.clear()
-        training.told.tell_in(1.0)
-        while time.monotonic() < until and len(training.committed()) < 2:
-            time.sleep(0.02)
+    def let_go() -> None:
+        store.seconds = 0
+        store.go.set()
 
-    training.at_step = {5: lambda: training.guard.save(), 10: break_down, 12: be_stuck}
-    assert training.run() == 143
-    assert training.committed()[:2] == [6, 11], "the snapshot of step 11, which could not be written at its time"
+    training.at_step = {
+        5: lambda: training.guard.save(),
+        20: save_slowly,
+        30: lambda: training.told.tell_in(4),
+        90: let_go,
+    }
+    assert training.run(100_000) == 143
+    _, in_flight, first, last = training.committed()
+    assert in_flight == 21
+    assert 90 <= first <= 95
+    assert last == training.guard.step > first + 50
+
+
+class SlowToDelete(Slow):
+    """A store that takes its time over the deletes of retention, or over that of a request to stop."""
+
+    def __init__(self, *, request: bool = False) -> None:
+        super().__init__(memory(), 0.0)
+        self._request = request
+
+    def delete(self, refs: Iterable[ObjectRef]) -> None:
+        refs = list(refs)
+        if ("stop" in [ref.key for ref in refs]) == self._request:
+            self.go.wait(60)
+        self._store.delete(refs)
+
+
+def test_a_save_that_waits_for_the_deletes_behind_the_last_one_waits_no_longer_when_a_notice_comes() -> None:
+    store = SlowToDelete()
+    training = Training(store, every=10, keep=1)
+    training.at_step = {41: lambda: training.told.tell_in(2.5)}
+    assert training.run(100_000) == 143
+    store.go.set()
+    assert training.committed()[:3] == [10, 20, 30]
+    assert training.committed()[-1] == training.guard.step
+    assert training.exit.detail == ""
+
+
+def test_a_long_window_has_its_periodic_saves_too() -> None:
+    training = Training(every=50)
+    training.at_step = {5: lambda: training.guard.save(), 20: lambda: training.told.tell_in(4)}
+    assert training.run(100_000) == 143
+    assert len(training.committed()) > 5
+
+
+@pytest.mark.parametrize("what", ["deletes", "a request"])
+def test_what_hangs_behind_the_last_save_does_not_hold_the_exit_back_beyond_the_deadline(what: str) -> None:
+    store = SlowToDelete(request=what == "a request")
+    training = Training(store, every=10, keep=1, grace="3s")
+    until: list[float] = []
+
+    def leave() -> None:
+        until.append(time.monotonic() + 3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    training.at_step = {25: leave}
+    assert training.run(100_000) == 143
+    assert training.left_at < until[0], "without the reserve"
+    assert training.exit.state == "preempted"
+    store.go.set()
+
+
+def test_after_a_deadline_that_was_missed_nothing_is_waited_for() -> None:
+    store = SlowToDelete()
+    training = Training(store, every=10, keep=1)
+    until: list[float] = []
+
+    def leave() -> None:
+        store.seconds = 60
+        until.append(time.monotonic() + 1)
+        training.told.tell_in(1)
+
+    training.at_step = {25: leave}
+    assert training.run(100_000) == 143
+    assert training.left_at < until[0] + 2
+    store.go.set()
 
 
 def test_a_grace_that_a_save_does_not_fit_into_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,6 +307,96 @@ def test_a_grace_that_a_save_does_not_fit_into_is_said_once(capsys: pytest.Captu
     (event,) = [event for event in training.events if isinstance(event, GraceTooShort)]
     assert event.needed_s > 0.4 > event.grace_s
     assert capsys.readouterr().err.count("WARNING: a final save takes about") == 1
+
+
+def test_it_is_said_after_the_first_save_though_no_other_is_due() -> None:
+    training = Training(Slow(memory(), 0.4), grace="0.3s")
+    training.at_step = {25: lambda: training.guard.save()}
+    assert training.run(200) is None
+    assert training.count(GraceTooShort) == 1
+
+
+def test_it_is_said_when_saves_have_become_longer() -> None:
+    store = Slow(memory())
+    training = Training(store, grace="0.6s", every=25)
+
+    def slow_down() -> None:
+        assert training.count(GraceTooShort) == 0, "the first ones did fit"
+        store.seconds = 0.8
+
+    training.at_step = {60: slow_down}
+    assert training.run(250, step_s=0.01) is None
+    assert training.count(GraceTooShort) == 1
+
+
+class Asked:
+    """Azure, and what stood in the run when it was told not to wait."""
+
+    def __init__(self, azure: FakeAzure, *, acknowledge: bool = True) -> None:
+        self.azure, self.before = azure, list[object]()
+        self.training: Training | None = None
+        azure.limit = 10_000
+        self._source = AzureSource(azure.endpoint, 0.02, acknowledge=acknowledge)
+        self.name = self._source.name
+
+    def watch(self, emit: Callable[[PreemptionNotice], None], stop: threading.Event) -> None:
+        self._source.watch(emit, stop)
+
+    def wake(self) -> None:
+        self._source.wake()
+
+    def confirm(self, notice: PreemptionNotice) -> None:
+        assert self.training is not None
+        self.before = [self.training.exit.state, self.training.committed()[-1]]
+        self._source.confirm(notice)
+
+
+@pytest.mark.parametrize("acknowledge", [True, False])
+def test_azure_is_told_not_to_wait_when_the_last_save_is_durable_if_that_was_asked_for(*, acknowledge: bool) -> None:
+    with FakeAzure() as azure:
+        source = Asked(azure, acknowledge=acknowledge)
+        training = source.training = Training(notices=[source])
+        events: list[str] = []
+        training.at_step = {20: lambda: events.append(azure.schedule("Preempt", in_s=4))}
+        assert training.run(100_000) == 143
+        assert azure.approved == (events if acknowledge else [])
+        assert source.before == ["preempted", training.guard.step], "the record and the commit came first"
+
+
+def test_azure_is_not_told_so_when_the_last_save_has_failed() -> None:
+    store = Breaks(memory())
+    with FakeAzure() as azure:
+        source = Asked(azure)
+        training = source.training = Training(store, notices=[source])
+        training.at_step = {
+            5: lambda: training.guard.save(),
+            20: lambda: (setattr(store, "broken", True), azure.schedule("Preempt", in_s=3)),
+        }
+        assert training.run(100_000) == 143
+        assert azure.approved == []
+
+
+class Deaf(Told):
+    """A source that never comes back from being told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+
+    def confirm(self, notice: PreemptionNotice) -> None:
+        self.go.wait(60)
+
+
+def test_a_platform_that_does_not_answer_does_not_hold_the_exit_back() -> None:
+    source = Deaf()
+    training = Training(notices=[source])
+    until: list[float] = []
+    training.at_step = {
+        20: lambda: (until.append(time.monotonic() + 2), source.tell_in(2)),
+    }
+    assert training.run(100_000) == 143
+    source.go.set()
+    assert training.left_at < until[0] + 2
 
 
 def test_an_exception_in_the_loop_is_a_failed_attempt() -> None:
@@ -298,6 +414,6 @@ def test_an_exception_in_the_loop_is_a_failed_attempt() -> None:
 
 def test_the_word_of_a_later_attempt_is_not_overwritten() -> None:
     training = Training()
-    write_exit_record(training.stores[0], attempt=2, state="finished", step=30)
-    write_exit_record(training.stores[0], attempt=1, state="preempted", step=10)
+    LastWord(training.stores[0], 2).say("finished", 30)
+    LastWord(training.stores[0], 1).say("preempted", 10)
     assert training.exit.attempt == 2

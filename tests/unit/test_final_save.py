@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from spotguard.policies import FinalSave, SaveTimes, p95, plan_final_save
+from spotguard.policies import FinalPlan, FinalSave, SaveTimes, p95, plan_final_save, time_left
 
 TIMES = SaveTimes(save_s=8.0, step_s=0.5)
 
@@ -51,7 +51,9 @@ def test_a_window_of_few_saves_is_not_trained_through() -> None:
         (6.0, 1.0, False, 9.0, FinalSave.NONE),
         (6.0, 1.0, False, None, FinalSave.FAST_TIER),
         (6.0, None, False, None, FinalSave.NONE),
-        (-3.0, 1.0, True, 2.0, FinalSave.NONE),
+        (9.0, None, False, None, FinalSave.FRESH),  # it may just be done
+        (9.0, None, False, 2.0, FinalSave.FLUSH),
+        (9.0, 1.0, True, None, FinalSave.FAST_TIER),
     ],
 )
 def test_what_does_not_fit_falls_back_to_what_does(
@@ -60,12 +62,41 @@ def test_what_does_not_fit_falls_back_to_what_does(
     times = SaveTimes(save_s=8.0, fast_s=fast, fast_survives=survives, step_s=0.5, flush_s=flush)
     plan = plan_final_save(left, times)
     assert plan.choice is choice
-    assert bool(plan.reason) == (choice is not FinalSave.FRESH)
+    assert bool(plan.reason) == (choice is not FinalSave.FRESH or left < 10)
+
+
+@pytest.mark.parametrize("flush", [None, 2.0])
+@pytest.mark.parametrize("left", [-3.0, 0.0])
+def test_a_deadline_that_has_passed_is_no_reason_to_give_up(left: float, flush: float | None) -> None:
+    times = SaveTimes(save_s=8.0, fast_s=1.0, fast_survives=True, step_s=0.5, flush_s=flush)
+    assert plan_final_save(left, times, window=True) == FinalPlan(FinalSave.FRESH)
+
+
+@pytest.mark.parametrize("flush", [None, 2.0])
+def test_nor_is_one_that_nobody_has_named(flush: float | None) -> None:
+    plan = plan_final_save(3.0, SaveTimes(save_s=8.0, step_s=0.5, flush_s=flush), firm=False)
+    assert plan.choice is FinalSave.FRESH
+    assert plan.reason
+
+
+def test_where_nothing_is_known_of_saves_the_first_one_of_a_long_window_tells() -> None:
+    first = plan_final_save(110.0, SaveTimes(step_s=0.5), window=True)
+    meanwhile = plan_final_save(90.0, SaveTimes(step_s=0.5, flush_s=20.0), window=True, saved=True)
+    last = plan_final_save(40.0, SaveTimes(step_s=0.5, flush_s=70.0), window=True, saved=True)
+    assert (first.save_first, first.train_s > 0) == (True, True)
+    assert (meanwhile.save_first, meanwhile.train_s > 0) == (False, True)
+    assert (last.choice, last.train_s) == (FinalSave.FRESH, 0.0), "waits for the one in flight"
+    assert plan_final_save(25.0, SaveTimes(step_s=0.5), window=True).train_s == 0, "not enough to find out"
+
+
+def test_what_is_late_is_not_taken_to_be_done_at_any_moment() -> None:
+    assert [time_left(8.0, elapsed) for elapsed in (0.0, 6.0, 8.0, 80.0)] == [8.0, 2.0, 2.0, 20.0]
+    assert time_left(None, 5.0) == 5.0
 
 
 def test_what_is_in_flight_has_to_be_done_before_the_last_save_can_begin() -> None:
     assert plan_final_save(12.0, TIMES).choice is FinalSave.FRESH
-    assert plan_final_save(12.0, SaveTimes(save_s=8.0, flush_s=4.0)).choice is FinalSave.FLUSH
+    assert plan_final_save(11.0, SaveTimes(save_s=8.0, flush_s=4.0)).choice is FinalSave.FLUSH
 
 
 def test_the_95th_percentile_of_few_is_the_largest() -> None:

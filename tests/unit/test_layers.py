@@ -11,7 +11,7 @@ import spotguard
 ROOT = Path(spotguard.__file__).parent
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")
 LAYERS = {
-    **dict.fromkeys(["checkpoint", "errors", "events", "_retry", "_time", "settings"], 0),
+    **dict.fromkeys(["checkpoint", "early", "errors", "events", "_retry", "_time", "settings"], 0),
     **dict.fromkeys(["policies", "stores", "notices", "coordination"], 1),
     "state": 2,
     "pipeline": 3,

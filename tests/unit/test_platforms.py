@@ -1,12 +1,13 @@
 """Where we are running, told without the network, and how long it leaves us."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from spotguard.guard.budget import Budget
+from spotguard.guard.budget import Budget, Outlook
 from spotguard.guard.options import Options, read_options
 from spotguard.notices import NoticeWatcher, PreemptionNotice
 from spotguard.notices.platforms import Platform, auto_sources, detect_platform, reserve_of
@@ -118,8 +119,9 @@ GCE = detect_platform({"GCE_METADATA_HOST": "x"}, dmi=Path("/nowhere"))
         (
             Budget(GCE),
             notice(deadline=990.0),
-            (990.0, True),
-        ),  # in the past: at once, and no reserve of less than nothing
+            (990.0, False),
+        ),  # in the past: it was wrong, or the end may come at any moment
+        (Budget(GCE), notice(deadline=1000.0), (1000.0, False)),
         (Budget(Platform()), notice(), None),
         (Budget(GCE), notice(action="save", deadline=1120.0), None),
         (Budget(GCE, grace_s=12.0), notice(kind="signal", detail="SIGINT"), None),  # a person, who can wait
@@ -130,6 +132,41 @@ def test_the_deadline_is_the_notices_own_else_the_users_else_that_of_the_platfor
     budget: Budget, heard: PreemptionNotice, deadline: tuple[float, bool] | None
 ) -> None:
     assert budget.deadline_of(heard) == deadline
+
+
+def test_several_notices_come_to_the_earliest_deadline_and_to_a_window_only_if_all_leave_one() -> None:
+    now = time.monotonic()
+    reboot = notice(kind="maintenance", received=now, deadline=now + 900)
+    reclaimed = notice(received=now, deadline=now + 120)
+    preempted = notice(received=now, grace=150.0)
+    terminated = notice(received=now)
+    sigterm = notice(kind="signal", detail="SIGTERM", received=now)
+    interrupt = notice(kind="signal", detail="SIGINT", received=now)
+    hint = notice(kind="rebalance", action="save", received=now, deadline=now + 1)
+    passed = notice(received=now - 300, deadline=now - 180)
+    outlook = Budget(GCE).outlook
+    assert outlook([]) == outlook([hint]) == Outlook()
+    assert outlook([reboot]) == Outlook(now + 890, now + 890, window=True, stop=True)
+    assert outlook([reboot, hint, reclaimed]) == Outlook(now + 110, now + 110, window=True, stop=True)
+    assert outlook([preempted]) == Outlook(now + 140, None, window=True, stop=True)
+    assert outlook([terminated]) == Outlook(now + 25, None, window=False, stop=True)
+    assert outlook([reclaimed, sigterm]) == Outlook(now + 25, now + 110, window=False, stop=True)
+    assert outlook([interrupt]) == Outlook(None, None, window=False, stop=True)
+    assert outlook([interrupt, reclaimed]) == Outlook(now + 110, now + 110, window=False, stop=True)
+    assert outlook([passed]) == Outlook(now - 190, None, window=True, stop=True), "and we are still here"
+    assert Budget(GCE, grace_s=60.0).outlook([reclaimed, sigterm]) == Outlook(now + 50, now + 50, stop=True)
+
+
+def test_who_waits_for_us_is_named_first() -> None:
+    budget = Budget(GCE)
+    ordered = [
+        notice(kind="signal", detail="SIGTERM"),
+        notice(kind="signal", detail="SIGINT"),
+        notice(deadline=1030.0),
+        notice(deadline=1900.0),
+        notice(action="save", deadline=1010.0),
+    ]
+    assert sorted(reversed(ordered), key=budget.urgency) == ordered
 
 
 def test_the_reserve_is_a_sixth_and_at_most_ten_seconds() -> None:
@@ -188,6 +225,16 @@ def test_a_notice_that_is_heard_again_is_no_news_unless_its_deadline_has_changed
     for deadline in (1120.0, 1120.4, 1119.8, 1060.0, 1060.0):
         watcher.emit(notice(id="terminate", deadline=deadline))
     assert [one.deadline for one in heard] == [1120.0, 1060.0]
+
+
+def test_a_notice_without_an_id_is_news_only_where_it_is_more_urgent() -> None:
+    heard: list[PreemptionNotice] = []
+    watcher = NoticeWatcher(heard.append)
+    for deadline in (1120.0, 1120.0, 1121.0, 1119.5, 1300.0, None, 1060.0, 1060.0):
+        watcher.emit(notice(deadline=deadline))
+    watcher.emit(notice(action="save"))
+    assert [one.deadline for one in heard] == [1120.0, 1060.0]
+    assert watcher.standing == (heard[1],)
 
 
 def test_what_is_withdrawn_uncovers_what_stood_behind_it() -> None:

@@ -1,12 +1,15 @@
 """How long we have: from the notice, from what the user says, or from what is known of the platform, in this order."""
 
 import dataclasses
+import math
+import time
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from spotguard.notices import PreemptionNotice
 from spotguard.notices.platforms import Platform, reserve_of
 
-__all__ = ["Budget", "Deadline"]
+__all__ = ["Budget", "Deadline", "Outlook"]
 
 
 class Deadline(NamedTuple):
@@ -14,12 +17,28 @@ class Deadline(NamedTuple):
 
     Attributes:
         at: Monotonic seconds; the reserve is taken off.
-        firm: Somebody said so: nothing is begun that would end later. Otherwise it is what the platform usually leaves, which may be wrong
+        firm: Somebody said so: nothing becomes visible later. Otherwise it is what the platform usually leaves, which may be wrong
             in this place; the plan is made for it, and a save that takes longer is not cut off.
     """
 
     at: float
     firm: bool
+
+
+class Outlook(NamedTuple):
+    """What all the notices that stand come to.
+
+    Attributes:
+        at: Instant (monotonic seconds) that the last save is planned for: the earliest; None where nobody knows, or is in a hurry.
+        firm: Instant after which nothing becomes visible; None where nobody has named one, or it has passed and we are still here.
+        window: Whether the time up to then is ours to train in: not where somebody waits for us to go.
+        stop: Whether any of them asks us to go.
+    """
+
+    at: float | None = None
+    firm: float | None = None
+    window: bool = False
+    stop: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,12 +67,34 @@ class Budget:
         ends = [notice.deadline] if notice.deadline is not None else []
         if self.grace_s is not None and self._is_hurried(notice):
             ends.append(notice.received + self.grace_s)
+        if (
+            ends and min(ends) <= notice.received
+        ):  # it had passed when we heard of it: we may go at any moment, and we may not
+            return Deadline(min(ends), firm=False)
         if ends:
             return Deadline(min(ends) - reserve_of(min(ends) - notice.received), firm=True)
         usual = notice.grace if notice.grace is not None else self.platform.grace_s
         if usual is None or not self._is_hurried(notice):
             return None
         return Deadline(notice.received + usual - reserve_of(usual), firm=False)
+
+    def outlook(self, standing: Iterable[PreemptionNotice]) -> Outlook:
+        """What notices come to together. One of them that is withdrawn leaves the others as they are."""
+        stops = [notice for notice in standing if notice.action == "stop"]
+        deadlines = [deadline for notice in stops if (deadline := self.deadline_of(notice)) is not None]
+        now = time.monotonic()
+        return Outlook(
+            at=min((deadline.at for deadline in deadlines), default=None),
+            firm=min((deadline.at for deadline in deadlines if deadline.firm and deadline.at > now), default=None),
+            window=bool(stops) and all(map(_opens_window, stops)),
+            stop=bool(stops),
+        )
+
+    def urgency(self, notice: PreemptionNotice) -> tuple[int, float]:
+        """Order of notices: a stop that somebody waits for, any other stop, a save; then by deadline."""
+        deadline = self.deadline_of(notice)
+        rank = 2 if notice.action != "stop" else 1 if _opens_window(notice) else 0
+        return rank, math.inf if deadline is None else deadline.at
 
     @property
     def least(self) -> float | None:
@@ -64,3 +105,8 @@ class Budget:
     @staticmethod
     def _is_hurried(notice: PreemptionNotice) -> bool:
         return notice.kind not in ("request",) and notice.detail != "SIGINT"
+
+
+def _opens_window(notice: PreemptionNotice) -> bool:
+    """Whether it leaves a time of its own, and nobody waits for us to go before that is over."""
+    return (notice.deadline is not None or notice.grace is not None) and notice.kind not in ("signal", "request")

@@ -1,41 +1,29 @@
 """From a notice to the end of the attempt: what is planned, what is trained on, and the save that is to be the last."""
 
-import contextlib
-import logging
-import os
-import socket
-import threading
 import time
 from collections.abc import Callable
 from typing import Literal
 
-from spotguard._time import format_seconds, utc_now
-from spotguard.checkpoint import ExitRecord
-from spotguard.checkpoint.layout import EXIT
-from spotguard.errors import SpotguardError
-from spotguard.events import Event, FinalSavePlanned, GraceTooShort
-from spotguard.guard.budget import Budget, Deadline
+from spotguard._time import format_seconds
+from spotguard.errors import DeadlineExceededError
+from spotguard.events import Event, FinalSavePlanned
+from spotguard.guard.budget import Outlook
 from spotguard.guard.console import say
 from spotguard.guard.saver import Place, Saver
 from spotguard.notices import PreemptionNotice
-from spotguard.pipeline.objects import read_object, write_object
 from spotguard.pipeline.writer import Writer
-from spotguard.policies import FinalPlan, FinalSave, SaveTimes, plan_final_save
-from spotguard.stores import ObjectStore
+from spotguard.policies import FinalPlan, FinalSave, plan_final_save, with_margin
 
-__all__ = ["Departure", "write_exit_record"]
+__all__ = ["Departure"]
 
-logger = logging.getLogger(__name__)
-
-_FROM_STEP = 20  # by then a step takes what it will take
-_RECORD_S = 5.0  # patience for the exit record: it is a help, not the guarantee
+_AGAIN_S = 1.0  # between two tries of the first save of a window, at the least
+_ROOM = 3.0  # a periodic save is made in a window that leaves so many times as long for training
 
 
 class Departure:
     """Decides at each boundary after a notice, from what this run has measured.
 
     Args:
-        budget: How long a stop leaves us.
         saver: Takes snapshots.
         writer: Commits them.
         publish: Where events go.
@@ -44,98 +32,77 @@ class Departure:
         reason: Why the last checkpoint is not of the last boundary; empty when it is.
     """
 
-    def __init__(self, budget: Budget, saver: Saver, writer: Writer, publish: Callable[[Event], None]) -> None:
-        self._budget, self._saver, self._writer, self._publish = budget, saver, writer, publish
+    def __init__(self, saver: Saver, writer: Writer, publish: Callable[[Event], None]) -> None:
+        self._saver, self._writer, self._publish = saver, writer, publish
         self._seen: PreemptionNotice | None = None
-        self._saved_first = False
-        self._boundary_at, self._step_s = 0.0, 0.0
-        self._warned = False
-        self._arrived = threading.Event()
+        self._tried_at: float | None = None
         self.reason = ""
 
-    def plan(self, notice: PreemptionNotice, place: Place) -> FinalPlan:
-        """What to do at this boundary; with seconds left to train, the first save of the window is already under way."""
-        deadline, now = self._budget.deadline_of(notice), time.monotonic()
-        self._arrived.set()
+    def plan(self, notice: PreemptionNotice, outlook: Outlook, place: Place) -> FinalPlan:
+        """What to do at this boundary; with seconds left to train, the saves of the window are already under way.
+
+        Args:
+            notice: The one that matters.
+            outlook: What all of them come to.
+            place: The boundary.
+        """
+        now, times = time.monotonic(), self._saver.times()
         if notice is not self._seen:
-            self._seen, self._saved_first, self._step_s = notice, False, self._saver.step_s(place)
-        else:  # the steps of the window are those that count now
-            self._step_s = max(self._step_s, now - self._boundary_at)
-        self._boundary_at = now
-        left = None if deadline is None else deadline.at - now
-        plan = plan_final_save(left, self._times(), window=notice.kind == "preemption", saved=self._saved_first)
-        if plan.save_first and not self._writer.busy:
-            say(f"{notice.detail}: saving step {place.step}, then training on for about {format_seconds(plan.train_s)}")
-            firm = deadline.at if deadline is not None and deadline.firm else None
-            self._saver.snapshot(place, deadline=firm, urgent=True)
-            self._saved_first = True
+            self._seen, self._tried_at = notice, None
+        saved = self._tried_at is not None and (self._writer.busy or self._writer.error is None)
+        left = None if outlook.at is None else outlook.at - now
+        plan = plan_final_save(left, times, window=outlook.window, saved=saved, firm=outlook.firm is not None)
         if not plan.train_s:
             self._publish(FinalSavePlanned(step=place.step, choice=plan.choice.value, reason=plan.reason, left_s=left))
+        elif not self._writer.busy:
+            self._save_in_window(plan, notice, outlook, place, save_s=times.save_s or 0.0)
+        elif plan.save_first:  # at the next boundary, then
+            self._writer.press()
         return plan
 
-    def execute(self, plan: FinalPlan, notice: PreemptionNotice, place: Place) -> None:
+    def _save_in_window(
+        self, plan: FinalPlan, notice: PreemptionNotice, outlook: Outlook, place: Place, *, save_s: float
+    ) -> None:
+        """The first save, until it has worked; then those that are due anyway, for a window may be long."""
+        now = time.monotonic()
+        if plan.save_first:
+            if self._tried_at is None:
+                train = format_seconds(plan.train_s)
+                say(f"{notice.detail}: saving step {place.step}, then training on for about {train}")
+            elif now < self._tried_at + max(_AGAIN_S, save_s):
+                return
+            self._tried_at = now
+        elif not self._saver.is_due(place) or plan.train_s < _ROOM * with_margin(save_s):
+            return
+        self._saver.snapshot(place, deadline=outlook.firm, urgent=True)
+
+    def execute(self, plan: FinalPlan, outlook: Outlook, place: Place) -> None:
         """Make the last save, or as much of it as there is time for."""
-        deadline = self._budget.deadline_of(notice)
-        firm = deadline.at if deadline is not None and deadline.firm else None
-        choice = plan.choice
-        if choice is FinalSave.NONE and firm is None:
-            choice = FinalSave.FRESH  # what the platform usually leaves is not enough; here it may leave more
         if plan.reason:
-            self.reason = f"{_CHOICES[choice]}: {plan.reason}"
+            self.reason = f"{_CHOICES[plan.choice]}: {plan.reason}"
             say(self.reason)
-        if choice in (FinalSave.FRESH, FinalSave.FAST_TIER):
-            tiers: Literal["all", "fastest"] = "all" if choice is FinalSave.FRESH else "fastest"
-            in_time = self._saver.save_and_wait("saving before the stop", place, tiers=tiers, deadline=firm)
+        if plan.choice in (FinalSave.FRESH, FinalSave.FAST_TIER):
+            tiers: Literal["all", "fastest"] = "all" if plan.choice is FinalSave.FRESH else "fastest"
+            in_time = self._saver.save_and_wait("saving before the stop", place, tiers=tiers, deadline=outlook.firm)
+            if in_time and plan.choice is FinalSave.FRESH and self._writer.error is None:
+                self.reason = ""
+        elif plan.choice is FinalSave.FLUSH:
+            left = None if outlook.firm is None else max(0.0, outlook.firm - time.monotonic())
+            in_time = self._writer.drain(left, upkeep=False)
         else:
-            in_time = choice is FinalSave.NONE or self._writer.drain(_left(firm), upkeep=False)
-        if not in_time:
+            return
+        if not in_time or isinstance(self._writer.error, DeadlineExceededError):
             self.reason = "the last save was not done by the deadline"
             say(self.reason)
 
-    def stand_by(self, notice: PreemptionNotice, at_deadline: Callable[[], None]) -> None:
-        """See to it that the last host snapshot is committed, if no boundary comes while there is time for that.
-
-        Args:
-            notice: It asks us to stop.
-            at_deadline: Called, from another thread, when no boundary has come.
-        """
-        deadline = self._budget.deadline_of(notice)
-        if deadline is not None and not self._arrived.is_set():
-            wait = threading.Thread(
-                target=self._wait, args=(deadline, at_deadline), name="spotguard-deadline", daemon=True
-            )
-            wait.start()
-
-    def warn_if_too_short(self, place: Place) -> None:
-        """Say once, while there is time to change something, that a save does not fit into the grace of the platform."""
-        least, times = self._budget.least, self._times(place)
-        if self._warned or place.step < _FROM_STEP or times.save_s is None:
-            return
-        self._warned = True
-        if least is None or plan_final_save(least - times.step_s, times).choice is FinalSave.FRESH:
-            return
-        layer, grace = self._budget.platform.tightest, self._budget.grace_s
-        who = f"grace={format_seconds(grace)}" if grace is not None else f"{layer.title if layer else 'the platform'}"
-        needed = times.step_s + times.save_s
-        self._publish(GraceTooShort(needed_s=needed, grace_s=least, who=who))
-        say(
-            f"WARNING: a final save takes about {format_seconds(needed)} from the signal, {who} leaves {format_seconds(least)} of it. "
-            "Until that is changed, an interruption falls back to the last periodic checkpoint. "
-            f"Remedies: {layer.lengthen + '; ' if layer is not None and grace is None else ''}"
-            "a faster tier in front, SpotGuard(['/fast/run', 's3://...'], ...); saving more often, every=..."
-        )
-
-    def _times(self, place: Place | None = None) -> SaveTimes:
-        return self._saver.times(self._step_s if place is None else self._saver.step_s(place))
-
-    def _wait(self, deadline: Deadline, at_deadline: Callable[[], None]) -> None:
-        needed = self._times().save_s or 0.0
-        if self._arrived.wait(max(0.0, deadline.at - time.monotonic() - 1.5 * needed)):
-            return
-        try:
-            at_deadline()
-        except Exception:  # top of a thread
-            logger.exception("the last host snapshot could not be committed")
+    def last_call(self, outlook: Outlook) -> float | None:
+        """The instant by which a boundary should have come, for a save to be made in time; None without a deadline."""
+        if outlook.at is None:
+            return None
+        now, times = time.monotonic(), self._saver.times()
+        # Where nothing is known of saves, half of the time is left for one.
+        needed = (outlook.at - now) / 2 if times.save_s is None else with_margin(times.save_s)
+        return max(outlook.at - needed, now + min(1.0, max(0.1, 2 * times.step_s)))
 
 
 _CHOICES = {
@@ -144,48 +111,3 @@ _CHOICES = {
     FinalSave.FAST_TIER: "saving to the fastest tier alone",
     FinalSave.NONE: "nothing more is saved, the last checkpoint stands",
 }
-
-
-def _left(deadline: float | None) -> float | None:
-    return None if deadline is None else max(0.0, deadline - time.monotonic())
-
-
-def write_exit_record(
-    store: ObjectStore,
-    *,
-    attempt: int,
-    state: Literal["preempted", "finished", "failed"],
-    step: int,
-    checkpoint: str | None = None,
-    notice: str | None = None,
-    detail: str = "",
-    exit_code: int | None = None,
-) -> None:
-    """Leave word of how this attempt ended; for a few seconds at most, and without fail: the exit is more important.
-
-    A later attempt may have come meanwhile: its word is not overwritten.
-    """
-    record = ExitRecord(
-        attempt=attempt,
-        state=state,
-        step=step,
-        checkpoint=checkpoint,
-        notice=notice,
-        detail=detail,
-        exit_code=exit_code,
-        host=socket.gethostname(),
-        at=utc_now(),
-    )
-
-    def write() -> None:
-        with contextlib.suppress(SpotguardError, OSError):
-            if ExitRecord.from_bytes(read_object(store, EXIT), key=EXIT).attempt > attempt:
-                return
-        try:
-            write_object(store, EXIT, record.to_bytes(), deadline=time.monotonic() + _RECORD_S)
-        except (SpotguardError, OSError) as error:
-            logger.warning("%s/%s could not be written: %s", store.uri, EXIT, error)
-
-    thread = threading.Thread(target=write, name=f"spotguard-exit-{os.getpid()}", daemon=True)
-    thread.start()
-    thread.join(_RECORD_S)

@@ -11,8 +11,9 @@ from spotguard.errors import SaveError
 from spotguard.events import Event, SaveSkipped, SaveStarted
 from spotguard.guard.gate import Gate
 from spotguard.guard.meter import Meter
+from spotguard.guard.pace import Pace
 from spotguard.pipeline.writer import Writer
-from spotguard.policies import Due, SavePoint, SavePolicy, SaveTimes, p95
+from spotguard.policies import Due, SavePoint, SavePolicy, SaveTimes, p95, time_left
 from spotguard.state.snapshot import HostBuffers, ShardImage, Snapshot
 
 __all__ = ["RANK", "Place", "Saver"]
@@ -49,6 +50,7 @@ class Saver:
 
     Attributes:
         due: When the next periodic save is due.
+        pace: How long steps take; whoever drives the loop tells it of each boundary.
         requested: Metrics of a save that was asked for; None when none was.
         held: The place of a snapshot that is kept in memory, to be committed if a notice comes before the next boundary; None without.
     """
@@ -63,6 +65,7 @@ class Saver:
         gate: Gate | None,
     ) -> None:
         self.due = Due()
+        self.pace = Pace()
         self.requested: dict[str, float] | None = None
         self.held: Place | None = None
         self._writer, self._policy, self._trees, self._publish, self._gate = writer, policy, trees, publish, gate
@@ -73,7 +76,6 @@ class Saver:
             threading.RLock()
         )  # of the buffers: where the loop is stuck, another thread commits what is in them
         self._saved_at = -1
-        self._step_s, self._planned, self._planned_at = 0.0, time.monotonic(), Place(0, 0, 0, 0)
         self._snapshot: Snapshot | None = None  # the last one; its buffers are good until the next
 
     @property
@@ -83,27 +85,21 @@ class Saver:
 
     def plan(self, place: Place) -> None:
         """Ask the policy when the next save is due, seen from now."""
-        self._step_s, self._planned, self._planned_at = self.step_s(place), time.monotonic(), place
         self.due = self._policy.next_due(
             SavePoint(place.step, time.monotonic(), self._stall_s, self._writer.write_s, place.epoch)
         )
 
-    def step_s(self, place: Place) -> float:
-        """Seconds that a step takes, on average since the last save."""
-        steps = place.boundary - self._planned_at.boundary
-        return (time.monotonic() - self._planned) / steps if steps > 0 else self._step_s
-
-    def times(self, step_s: float) -> SaveTimes:
-        """What a save takes, as measured."""
+    def times(self) -> SaveTimes:
+        """What a save and a step take, as measured."""
         writes, fast, stall = p95(self._writer.seconds), self._writer.fast_seconds, p95(self._stalls) or 0.0
         quickest = p95(fast[0]) if fast is not None else None
-        in_flight = self._writer.busy
+        elapsed = time.monotonic() - self._writer.started if self._writer.busy else None
         return SaveTimes(
             save_s=None if writes is None else stall + writes,
             fast_s=None if quickest is None else stall + quickest,
             fast_survives=fast is not None and fast[1],
-            step_s=step_s,
-            flush_s=max(0.0, (writes or 0.0) - (time.monotonic() - self._writer.started)) if in_flight else None,
+            step_s=self.pace.step_s,
+            flush_s=None if elapsed is None else time_left(writes, elapsed),
         )
 
     def is_due(self, place: Place) -> bool:
@@ -177,21 +173,40 @@ class Saver:
                 return True
         return True
 
-    def commit_held(self) -> bool:
-        """Commit the last host snapshot, if that is not done; False if there is none. Called where the loop is stuck, by another thread.
+    def commit_held(self, deadline: float | None) -> str:
+        """See to it that the last host snapshot is committed. Called where the loop is stuck, by another thread; it waits for nothing.
 
         The live state is not touched: it may be in the middle of a step.
+
+        Returns:
+            How that snapshot stands, in words; empty where it is being written.
         """
         if not self._lock.acquire(blocking=False):
-            return False  # the loop is here itself, at last
+            return "the loop is saving by itself"
         try:
-            failed = self._writer.error is not None and self._writer.fenced is None
-            if self._writer.busy or self._snapshot is None or (self.held is None and not failed):
-                return self._writer.busy
-            self._writer.submit(self._snapshot, self.requested or {}, urgent=True)
-            return True
+            if self._writer.busy:
+                return ""
+            if self._writer.fenced is not None:
+                return "a later attempt has taken over"
+            if self._snapshot is None:
+                return "no snapshot has been taken since the start, and the last checkpoint stands"
+            if self._writer.error is None and (self.held is None or self.held.boundary == self._saved_at):
+                return f"the last snapshot, of step {self._snapshot.step}, is committed already"
+            self._writer.submit(self._snapshot, self.requested or {}, deadline=deadline, urgent=True)
+            self._saved_at = self.held.boundary if self.held is not None else self._saved_at
+            return ""
         finally:
             self._lock.release()
+
+    def settled(self, timeout: float) -> str:
+        """What has become of the snapshot that is being written, in words, after `timeout` seconds at the most."""
+        done = self._writer.drain(timeout, upkeep=False)
+        step = self._snapshot.step if self._snapshot is not None else 0
+        if not done:
+            return f"the last snapshot, of step {step}, is still being written"
+        if self._writer.error is not None:
+            return f"the last snapshot, of step {step}, could not be committed: {self._writer.error}"
+        return f"the last snapshot, of step {step}, is committed"
 
     def _drain(self, deadline: float | None) -> bool:
         left = None if deadline is None else max(0.0, deadline - time.monotonic())

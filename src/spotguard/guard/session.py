@@ -15,11 +15,10 @@ The loop says where it is and what there is to save; it decides nothing else.
 
 import contextlib
 import logging
-import signal
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from spotguard._time import format_seconds
 from spotguard.checkpoint import Manifest
@@ -35,6 +34,7 @@ from spotguard.errors import (
 from spotguard.events import (
     AttemptClaimed,
     CandidateRejected,
+    CheckpointCommitted,
     Event,
     EventBus,
     EventHook,
@@ -43,35 +43,33 @@ from spotguard.events import (
     NoticeReceived,
     NoticeWithdrawn,
     Resumed,
-    RunFinished,
     SaveFailed,
-    Stopped,
     TierUnreachable,
 )
-from spotguard.guard.budget import Budget
+from spotguard.guard.budget import Budget, Outlook
 from spotguard.guard.console import say
-from spotguard.guard.departure import Departure, write_exit_record
+from spotguard.guard.ending import ASK_S, WRITE_S, Ending
 from spotguard.guard.event_log import EventLog
 from spotguard.guard.gate import Gate, join_rehearsal
+from spotguard.guard.grace_check import GraceCheck
+from spotguard.guard.hearing import Hearing
 from spotguard.guard.meter import Meter
 from spotguard.guard.options import Options
+from spotguard.guard.patience import Patience
 from spotguard.guard.saver import Place, Saver
-from spotguard.notices import NoticeWatcher, PollingSource, PreemptionNotice, SignalSource
+from spotguard.notices import PreemptionNotice
 from spotguard.pipeline.checkpoint import Checkpoint
-from spotguard.pipeline.objects import outcomes
 from spotguard.pipeline.tiers import Tiers
 from spotguard.pipeline.writer import Writer
 from spotguard.policies import FinalPlan, as_save_policy
 from spotguard.state.compare import fingerprint
 from spotguard.state.rng import capture_rng
-from spotguard.stores import ObjectRef
 
 __all__ = ["Loaded", "Session"]
 
 logger = logging.getLogger(__name__)
 
-_REQUEST_S = 5.0  # patience for the removal of a request to stop
-_PATIENCE = 300.0  # seconds that an exception in the loop is held back for a snapshot that is being written
+_LOOK_S, _LOOK_FAR_S = 1.0, 5.0  # between two looks for a request to stop: on this machine, and across a network
 _open_runs: set[str] = set()
 
 
@@ -118,20 +116,19 @@ class Session:
         self._options, self._on_event, self._trees, self._place = options, on_event, trees, place
         self._tiers, self._policy = Tiers(options.stores), options.policy
         self.alert = True
-        self._prepared = self._listening = False
+        self._prepared = False
         self._began = time.monotonic()
         self._gate: Gate | None = None
         self._preempted: Preempted | None = None
-        self._cleanup = contextlib.ExitStack()
-        self.signals: SignalSource | None = None
-        self._cleanup.callback(self._restore_signals)
+        self._budget, self._patience = Budget(options.platform, options.grace_s), Patience()
+        self._hearing = Hearing(options, self._budget, on_notice=self._on_notice, on_signal=self.raise_alert)
         self._bus = EventBus([on_event] if on_event else [])
-        self._cleanup.callback(self._bus.close)
-        self._watcher = NoticeWatcher(self._on_notice)
-        self._cleanup.callback(self._watcher.close)
-        self._budget = Budget(options.platform, options.grace_s)
-        self._departure: Departure | None = None
-        self._leaving = False
+        self._cleanup = contextlib.ExitStack()
+        self._cleanup.callback(self._hearing.restore_signals)
+        self._cleanup.callback(lambda: self._bus.close(self._patience.of(ASK_S)))
+        self._cleanup.callback(lambda: self._hearing.close(self._patience.of(ASK_S)))
+        self._grace_check: GraceCheck | None = None
+        self._ending: Ending | None = None
         self.writer: Writer | None = None
 
     @property
@@ -155,14 +152,7 @@ class Session:
         Args:
             previous: Handlers to call after ours, in place of those that are found.
         """
-        wanted = [signal.SIGTERM, signal.SIGINT, *(signal.Signals[name] for name in self._options.platform.signals)]
-        self.signals = SignalSource(
-            tuple(wanted), repeat_s=self._options.settings.repeat_s, on_record=self.raise_alert, previous=previous
-        )
-        self.signals.install()
-        self._listening = True
-        for source in (self.signals, *self._options.sources):
-            self._watcher.watch(source)
+        self._hearing.listen(previous)
 
     def open(self) -> None:
         """Take the run, and claim the next attempt at it.
@@ -262,16 +252,42 @@ class Session:
             publish=self.publish,
             resumed=resumed,
         )
-        self._cleanup.callback(self.writer.close, _PATIENCE)
-        self._watcher.watch(PollingSource("request", self._stop_requested, self._options.settings.poll_s))
+        self._cleanup.callback(self._close_writer)
+        near = "://" not in self._home.uri or self._home.uri.startswith(("file://", "memory://"))
+        poll_s = self._options.settings.poll_s or (_LOOK_S if near else _LOOK_FAR_S)
+        self._hearing.look_for_request(self._stop_requested, poll_s)
         self._saver = Saver(self.writer, self._policy, trees=self._trees, publish=self.publish, gate=self._gate)
         self._saver.plan(self._place())
-        self._departure = Departure(self._budget, self._saver, self.writer, self.publish)
-        if (notice := self.notice()) is not None and notice.action == "stop":
+        self._ending = Ending(
+            self._home,
+            self._attempt,
+            self._options.exit_code,
+            hearing=self._hearing,
+            saver=self._saver,
+            writer=self.writer,
+            patience=self._patience,
+            place=self._place,
+            bus=self._bus,
+            gate=self._gate,
+        )
+        self._grace_check = GraceCheck(self._budget, self._saver, self.writer, self.publish)
+        self.turn_back()
+
+    def turn_back(self) -> None:
+        """Leave, if there is a notice; nothing has been trained yet. One that leaves time to train is not left for.
+
+        Raises:
+            Preempted: There is one.
+        """
+        notice = self.notice()
+        if notice is not None and notice.action == "stop" and not self._hearing.outlook().window:
             self.leave(notice, self._began)
+        elif self._ending is not None:
+            self._ending.watch()
 
     def boundary(self) -> None:
         """A step boundary: attend if something wants attention, or a save is due."""
+        self._saver.pace.boundary(time.monotonic())
         if self.alert or self._saver.is_due(self._place()):
             self.attend()
 
@@ -284,6 +300,7 @@ class Session:
             SaveError: Too many saves in a row have failed.
         """
         assert self.writer is not None, "begin() comes first"
+        assert self._grace_check is not None, "begin() makes it"
         place = self._place()
         if self._gate is not None:
             self._gate.ask("boundary", step=place.step, epoch=place.epoch, batch=place.batch)
@@ -295,15 +312,17 @@ class Session:
         if self.writer.fenced is not None:
             raise self.writer.fenced
         if (notice := self.notice()) is not None and self.answer(notice):
+            self._saver.pace.resume()
             return
         if self.writer.failures >= self._options.settings.max_failures:
             raise SaveError(
                 f"{self.writer.failures} saves in a row failed, the last with: {self.writer.error}. Mend the cause and start again; "
                 "SPOTGUARD_MAX_FAILURES sets how many are put up with"
             ) from self.writer.error
-        if self._departure is not None:
-            self._departure.warn_if_too_short(place)
+        if self._grace_check.check(place.step):
+            self.alert = True
         self._saver.attend(place)
+        self._saver.pace.resume()
 
     def answer(self, notice: PreemptionNotice) -> bool:
         """Do what a notice asks for, at this boundary or with the held snapshot of an earlier one.
@@ -315,46 +334,44 @@ class Session:
             Preempted: The run has been saved and is to stop.
         """
         assert self.writer is not None, "begin() comes first"
-        assert self._departure is not None, "begin() makes it"
+        assert self._ending is not None, "begin() makes it"
         began = time.monotonic()
         place = self._saver.held or self._place()
         if notice.action == "save":
-            say(f"{notice.detail}: saving step {place.step} and going on")
-            self._saver.requested = self._saver.requested or {}
-            self._watcher.settle(notice)
             self.alert = True
+            if not self.writer.busy:  # else at a later boundary: a hint is no reason to have the loop wait
+                say(f"{notice.detail}: saving step {place.step} and going on")
+                self._saver.requested = self._saver.requested or {}
+                self._hearing.settle(notice)
             return False
-        plan = self._departure.plan(notice, place)
+        outlook = self._hearing.outlook()
+        plan = self._ending.departure.plan(notice, outlook, place)
         if plan.train_s:
+            self._ending.watch()
             self.alert = True
         else:
-            self._stop(plan, notice, place, began)
+            self._stop(plan, outlook, notice, place, began)
         return True
 
-    def _stop(self, plan: FinalPlan, notice: PreemptionNotice, place: Place, began: float) -> NoReturn:
+    def _stop(
+        self, plan: FinalPlan, outlook: Outlook, notice: PreemptionNotice, place: Place, began: float
+    ) -> NoReturn:
         assert self.writer is not None, "begin() comes first"
-        assert self._departure is not None, "begin() makes it"
+        assert self._ending is not None, "begin() makes it"
         say(f"{notice.detail}: stopping at step {place.step}")
-        self._leaving = True
-        self._departure.execute(plan, notice, place)
+        departure = self._ending.departure
+        self._ending.begin()
+        departure.execute(plan, outlook, place)
         if self.writer.fenced is not None:
             raise self.writer.fenced  # to be started again would take the run away from whoever has it now
         if self.writer.error is not None and not isinstance(self.writer.error, DeadlineExceededError):
             say(f"the final save failed: {self.writer.error}")
-        self.leave(notice, began)
+        self.leave(notice, began, durable=self.writer.error is None and not departure.reason)
 
-    def leave(self, notice: PreemptionNotice, began: float) -> NoReturn:
-        """End this attempt with what is committed."""
-        last, step = self.checkpoint, (self._saver.held or self._place()).step
-        identity, seconds, code = last.id if last else None, time.monotonic() - began, self._options.exit_code
-        self._leaving = True
-        self._record("preempted", step, notice=notice.detail)
-        if self.writer is not None and self.writer.error is None:
-            self._take_request_away()
-        self.publish(Stopped(checkpoint=identity, step=step, reason=notice.detail, seconds=seconds))
-        if self._gate is not None:
-            self._gate.ask("stopped", step=step, checkpoint=identity, seconds=seconds, code=code)
-        self._preempted = preempted = Preempted(identity, reason=notice.detail, code=code)
+    def leave(self, notice: PreemptionNotice, began: float, *, durable: bool = False) -> NoReturn:
+        """End this attempt with what is committed; see `Ending.leave`."""
+        assert self._ending is not None, "begin() makes it"
+        self._preempted = preempted = self._ending.leave(notice, began, durable=durable)
         say(str(preempted))
         raise preempted
 
@@ -367,16 +384,11 @@ class Session:
         Raises:
             SaveError: It could not be saved.
         """
-        place = self._place()
+        assert self._ending is not None, "begin() makes it"
+        self._ending.begin()
         if save:
-            self._saver.save_finished(place)
-        last = self.checkpoint
-        self.publish(RunFinished(checkpoint=last.id if last else None, step=place.step))
-        self._record("finished", place.step)
-        self._take_request_away()
-        say(f"finished at step {place.step}" + (f", checkpoint {last.id}" if last else ""))
-        if self._gate is not None:
-            self._gate.ask("finished", step=place.step, checkpoint=last.id if last else None)
+            self._saver.save_finished(self._place())
+        self._ending.finish()
 
     @property
     def stopped(self) -> Preempted | None:
@@ -389,9 +401,16 @@ class Session:
         Args:
             drain: Let a snapshot that is being written be finished first: it is whole, whatever has become of the loop.
         """
+        if self._ending is not None:
+            self._ending.begin()
+            self._ending.limit()
         with self._cleanup:
             if drain and self.writer is not None:
-                self.writer.drain(_PATIENCE)
+                self.writer.drain(self._patience.of(WRITE_S), upkeep=not self._patience.is_short)
+
+    def _close_writer(self) -> None:
+        if self.writer is not None:
+            self.writer.close(self._patience.of(WRITE_S))
 
     def abandon(self) -> None:
         """Forget everything without touching it: this is a forked child, the run is its parent's."""
@@ -399,11 +418,11 @@ class Session:
 
     def notice(self) -> PreemptionNotice | None:
         """The notice that matters now, or None."""
-        return self._watcher.notice or (self.signals.recorded() if self.signals is not None else None)
+        return self._hearing.notice()
 
     def heed(self, notice: PreemptionNotice) -> None:
         """Take a notice that came by another way."""
-        self._watcher.emit(notice)
+        self._hearing.heed(notice)
 
     def raise_alert(self) -> None:
         """Have the next boundary attended to."""
@@ -411,17 +430,18 @@ class Session:
 
     def publish(self, event: Event) -> None:
         """Tell what happened."""
-        if isinstance(event, SaveFailed):
+        if isinstance(event, CheckpointCommitted) and self._grace_check is not None:
+            self._grace_check.measured()
+        if isinstance(event, (CheckpointCommitted, SaveFailed)):
             self.alert = True
         self._bus.publish(event)
 
-    def _restore_signals(self) -> None:
-        if self.signals is not None and self._listening:
-            self.signals.restore()
-
     def _on_notice(self, notice: PreemptionNotice) -> None:
+        if self._ending is not None:
+            self._ending.watch()
         if notice.action == "withdrawn":
-            say(f"{notice.source}: {notice.detail}; training goes on")
+            goes_on = "another one stands" if self._hearing.outlook().stop else "training goes on"
+            say(f"{notice.source}: {notice.detail}; {goes_on}")
             self.publish(NoticeWithdrawn(source=notice.source, detail=notice.detail))
             return
         self.alert = True
@@ -432,55 +452,11 @@ class Session:
                 source=notice.source, kind=notice.kind, detail=notice.detail, action=notice.action, left_s=left
             )
         )
-        if self._departure is not None:
-            self._departure.stand_by(notice, self._commit_held)
-
-    def _commit_held(self) -> None:
-        """No boundary has come while there was time for one."""
-        committed = self._saver.commit_held()
-        what = "the last snapshot in memory is committed" if committed else "the last checkpoint stands"
-        say(f"no step boundary before the deadline: {what}")
-        notice = self.notice()
-        self._record(
-            "preempted", self._place().step, notice=notice.detail if notice else None, detail="no step boundary came"
-        )
 
     def failed(self, error: BaseException) -> None:
         """An exception ends this attempt; leave word of it."""
-        if self._departure is not None and not self._leaving:
-            self._leaving = True
-            self._record("failed", self._place().step, detail=f"{type(error).__name__}: {error}"[:500])
-
-    def _record(
-        self,
-        state: Literal["preempted", "finished", "failed"],
-        step: int,
-        *,
-        notice: str | None = None,
-        detail: str = "",
-    ) -> None:
-        last, reason = self.checkpoint, self._departure.reason if self._departure is not None else ""
-        error = self.writer.error if self.writer is not None else None
-        if error is not None and not (reason and isinstance(error, DeadlineExceededError)):
-            reason = f"the final save failed: {error}"
-        write_exit_record(
-            self._home,
-            attempt=self._attempt,
-            state=state,
-            step=step,
-            checkpoint=last.id if last else None,
-            notice=notice,
-            detail=detail or reason,
-            exit_code={"preempted": self._options.exit_code, "finished": 0}.get(state),
-        )
-
-    def _take_request_away(self) -> None:
-        """A request to stop is met by any stop, and by the end of the run; the next start must not obey it."""
-        (answer,) = outcomes(self._home.delete, [[ObjectRef(STOP)]], until=time.monotonic() + _REQUEST_S)
-        if answer.error is not None:
-            logger.warning(
-                "%s/%s could not be removed: %s; the next start may obey it", self._home.uri, STOP, answer.error
-            )
+        if self._ending is not None:
+            self._ending.fail(error)
 
     def _stop_requested(self) -> str | None:
         return None if self._home.stat(STOP) is None else "a request to stop"

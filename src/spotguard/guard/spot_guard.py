@@ -282,7 +282,7 @@ class SpotGuard:
         self._driver, self._pass = "batches", itself[0]
         # Behind the last batch comes code that belongs to the epoch and may use what the loop left behind (`loss`). A start from a
         # checkpoint taken before it would run it without these. So the last boundary of a pass is the end of the epoch.
-        last = length_of(loader)
+        last, passed = length_of(loader), saver.pace.boundary
         try:
             if not self._in_epoch and tracker.batch == 0 and self._boundaries:  # without epochs: put off till now
                 session.boundary()
@@ -291,8 +291,9 @@ class SpotGuard:
                 tracker.batch += 1
                 self.step += 1
                 self._boundaries += 1
-                due = saver.due
-                if (session.alert or self.step >= due.step or time.monotonic() >= due.time) and tracker.batch != last:
+                due, now = saver.due, time.monotonic()
+                passed(now)
+                if (session.alert or self.step >= due.step or now >= due.time) and tracker.batch != last:
                     session.attend()
         except GeneratorExit:  # left by break
             self.step += 1

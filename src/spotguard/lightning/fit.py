@@ -11,7 +11,6 @@ At each of them all loops hold consistent counters, so that Lightning's own repa
 release, is not needed: the loops go on as if they had never been left.
 """
 
-import time
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -122,8 +121,7 @@ class GuardedFit:
         assert self._state is not None, "begun"
         _check_readable(self._state.checkpoint())
         assert self.session is not None, "begun"
-        if (notice := self.session.notice()) is not None and notice.action == "stop":
-            self.session.leave(notice, time.monotonic())
+        self.session.turn_back()
 
     def end(self) -> None:
         """The fit loop has come to its end."""

@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import socket
+import sys
 import threading
 import time
 import weakref
@@ -32,7 +33,7 @@ class SignalSource:
 
     Handlers that were there before are called after ours has recorded the signal, and are put back by `restore`; only Python's default
     SIGINT handler is not called, for a KeyboardInterrupt in the middle of an optimizer step would tear the state. A forked child gets the
-    previous handlers back at birth.
+    previous handlers back at birth. What `spotguard.early` has recorded is taken over.
 
     Args:
         signals: What to hear. A signal that the parent had set to be ignored (``nohup``) stays ignored, SIGTERM excepted.
@@ -83,6 +84,11 @@ class SignalSource:
                 continue
             self._previous[number] = signal.signal(number, self._handle)
         _installed.add(self)
+        early = sys.modules.get("spotguard.early")  # to import it is to use it
+        if early is not None:
+            self._recorded = early.hand_over() or self._recorded
+            for handlers in (self._previous, self._chained):
+                handlers.update({number: early.before(handler) for number, handler in handlers.items()})
 
     def restore(self) -> None:
         """Put back what was there before, except where somebody has set a handler of their own since."""

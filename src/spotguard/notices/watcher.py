@@ -1,27 +1,37 @@
-"""Runs the sources, each in its thread, and keeps the one notice that matters."""
+"""Runs the sources, each in its thread, and keeps the notices that stand."""
 
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable
 
 from spotguard.notices.base import NoticeSource, PreemptionNotice, Wakeable
 
-__all__ = ["NoticeWatcher"]
+__all__ = ["NoticeWatcher", "Urgency"]
 
 logger = logging.getLogger(__name__)
 
 _SAME_S = 1.0  # deadlines of one notice that differ by less are the same: wall time is read anew with each answer
 
+Urgency = tuple[int, float]
+"""What comes first, and among those alike the earliest instant (monotonic seconds; infinity where nobody knows it)."""
+
+
+def _by_deadline(notice: PreemptionNotice) -> Urgency:
+    return notice.action != "stop", math.inf if notice.deadline is None else notice.deadline
+
 
 class NoticeWatcher:
-    """One slot for notices: a stop before a save, the earliest deadline first; without deadlines, the first that came.
+    """Keeps all notices that stand, in the order in which they matter.
 
     Args:
         on_notice: Called for each notice that is news, from the thread of its source; for one that is withdrawn, too.
+        urgency: What matters first. By default a stop before a save, then the earliest deadline, then the first that came.
 
     Attributes:
-        notice: The notice that matters now, or None. Reading it is all that a step pays.
+        standing: Those that wait to be answered, the most urgent one first.
+        notice: That one, or None. Reading it is all that a step pays.
 
     Example:
         >>> watcher = NoticeWatcher(lambda notice: None)
@@ -33,9 +43,15 @@ class NoticeWatcher:
         True
     """
 
-    def __init__(self, on_notice: Callable[[PreemptionNotice], None]) -> None:
+    def __init__(
+        self,
+        on_notice: Callable[[PreemptionNotice], None],
+        *,
+        urgency: Callable[[PreemptionNotice], Urgency] = _by_deadline,
+    ) -> None:
+        self.standing: tuple[PreemptionNotice, ...] = ()
         self.notice: PreemptionNotice | None = None
-        self._on_notice = on_notice
+        self._on_notice, self._urgency = on_notice, urgency
         self._standing: dict[tuple[str, str], PreemptionNotice] = {}
         self._met: set[tuple[str, str]] = set()
         self._lock = threading.Lock()
@@ -51,14 +67,15 @@ class NoticeWatcher:
         self._threads[-1].start()
 
     def close(self, timeout: float = 5.0) -> None:
-        """Stop watching; waits up to `timeout` seconds for each source."""
+        """Stop watching; waits up to `timeout` seconds for the sources."""
+        until = time.monotonic() + timeout
         self._stop.set()
         for source in self._sources:
             if isinstance(source, Wakeable):
                 source.wake()
         for thread in self._threads:
             if thread.is_alive():
-                thread.join(timeout)
+                thread.join(max(0.0, until - time.monotonic()))
 
     def emit(self, notice: PreemptionNotice) -> None:
         """Take a notice. Safe from any thread, never from a signal handler."""
@@ -70,12 +87,10 @@ class NoticeWatcher:
                     return
                 del self._standing[key]
                 self._met.discard(key)
-            elif standing is None or (
-                _is_news(notice, standing) if notice.id else _urgency(notice) < _urgency(standing)
-            ):
+            elif standing is None or self._is_news(notice, standing):
                 self._standing[key] = notice
                 self._met.discard(key)
-            elif notice.id:
+            else:
                 return  # heard before
             self._choose()
         self._on_notice(notice)
@@ -88,21 +103,24 @@ class NoticeWatcher:
 
     def _choose(self) -> None:
         waiting = [notice for key, notice in self._standing.items() if key not in self._met]
-        self.notice = min(waiting, key=_urgency, default=None)
+        self.standing = tuple(sorted(waiting, key=self._urgency))
+        self.notice = self.standing[0] if self.standing else None
+
+    def _is_news(self, notice: PreemptionNotice, standing: PreemptionNotice) -> bool:
+        if notice.id:
+            changed = notice.action != standing.action or notice.grace != standing.grace
+            return changed or _apart(notice.deadline, standing.deadline)
+        (rank, at), (known_rank, known_at) = (
+            self._urgency(notice),
+            self._urgency(standing),
+        )  # without an id: the more urgent one
+        return rank < known_rank or (rank == known_rank and at < known_at - _SAME_S)
 
     def _watch(self, source: NoticeSource) -> None:
         try:
             source.watch(self.emit, self._stop)
         except Exception:  # a broken source must not stop training; periodic saves are the guarantee
             logger.exception("notice source %r failed; notices from it will not be heard", source.name)
-
-
-def _urgency(notice: PreemptionNotice) -> tuple[bool, float]:
-    return notice.action != "stop", math.inf if notice.deadline is None else notice.deadline
-
-
-def _is_news(notice: PreemptionNotice, standing: PreemptionNotice) -> bool:
-    return notice.action != standing.action or _apart(notice.deadline, standing.deadline)
 
 
 def _apart(one: float | None, other: float | None) -> bool:

@@ -28,6 +28,7 @@ __all__ = ["Writer"]
 logger = logging.getLogger(__name__)
 
 _YIELD_S = 2.0  # a store that works answers in a fraction of it
+_LOOK_S = 0.1  # between two looks whether a save has become urgent while it waits
 _LAG, _LAG_S = 5, 60.0  # how much longer than ever a tier may take before it is left behind, at the least in seconds
 
 
@@ -86,7 +87,7 @@ class Writer:
         self._parent = resumed.id if resumed is not None else None
         self._job: _Job | None = None
         self._wake, self._state = threading.Condition(), threading.RLock()
-        self._upkeep, self._hurry = Upkeep(self._sweep), threading.Event()
+        self._upkeep, self._hurry, self._pressing = Upkeep(self._sweep), threading.Event(), threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="spotguard-writer", daemon=True)
         self._thread.start()
@@ -130,6 +131,7 @@ class Writer:
         with self._wake:
             assert self._job is None, "one save in flight"
             self._hurry.clear()
+            self._pressing.clear()
             self._job, self.started = (
                 _Job(snapshot, metrics, progress, self._tiers.select(tiers), deadline, urgent or deadline is not None),
                 time.monotonic(),
@@ -152,12 +154,17 @@ class Writer:
                 return False
         return not upkeep or self._upkeep.wait(None if until is None else max(0.0, until - time.monotonic()))
 
+    def press(self) -> None:
+        """Another save is waiting for this one, which waits no longer for the sweep behind the one before."""
+        self._pressing.set()
+
     def hurry(self) -> None:
         """The next save is the last one: where one tier that outlives the machine has this one, the others are left behind.
 
         What they are sending is never committed, whatever becomes of the buffers.
         """
         self._hurry.set()
+        self.press()
 
     def close(self, timeout: float | None = None) -> None:
         """Finish what is in flight and end the thread; within `timeout` seconds, or leave them behind."""
@@ -192,10 +199,13 @@ class Writer:
         Returns:
             The tiers to sweep.
         """
-        snapshot, tiers, deadline, started = job.snapshot, job.tiers, job.deadline, time.monotonic()
+        snapshot, tiers, deadline, until = job.snapshot, job.tiers, job.deadline, time.monotonic() + _LAG_S
+        while not (job.urgent or self._pressing.is_set() or self._upkeep.wait(_LOOK_S) or time.monotonic() > until):
+            pass
+        started = time.monotonic()
         patience = _YIELD_S if deadline is None else min(_YIELD_S, (deadline - started) / 4)
-        if not job.urgent:
-            self._upkeep.wait(_LAG_S)
+        if self._pressing.is_set():
+            patience = min(patience, _LOOK_S)
         self._upkeep.give_way(max(0.0, patience))
         sequence = self._used.sequence + 1 if self._used and self._used.step == snapshot.step else 0
         self._used = CheckpointId(self._attempt, snapshot.step, sequence)

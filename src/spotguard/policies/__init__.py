@@ -1,6 +1,14 @@
 """Decisions as small objects that compose: when to save, what to keep. Pure: no clock, no I/O."""
 
-from spotguard.policies.final_save import FinalPlan, FinalSave, SaveTimes, p95, plan_final_save
+from spotguard.policies.final_save import (
+    FinalPlan,
+    FinalSave,
+    SaveTimes,
+    p95,
+    plan_final_save,
+    time_left,
+    with_margin,
+)
 from spotguard.policies.retention import (
     KeepAll,
     KeepBest,
@@ -42,4 +50,6 @@ __all__ = [
     "metrics_of",
     "p95",
     "plan_final_save",
+    "time_left",
+    "with_margin",
 ]

@@ -14,7 +14,6 @@ done, but batches of the next step have been fetched, and random numbers been dr
 import contextlib
 import json
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -170,8 +169,7 @@ class GuardedTraining:
             self._record.restore_callbacks()
             self._state.load_local(local)
             self._loaded = None
-        if (notice := self._session.notice()) is not None and notice.action == "stop":
-            self._session.leave(notice, time.monotonic())  # nothing has happened that could be saved
+        self._session.turn_back()
 
     def _evaluates_after_this_step(self) -> bool:
         args, state = self._trainer.args, self._trainer.state
