@@ -19,7 +19,7 @@ Place = Literal["boundary", "write", "publish"]
 
 MANIFEST = "manifest"
 _PLACES: tuple[Place, ...] = ("boundary", "write", "publish")
-_ROOM = 1.25  # of the steps that a scenario takes: the interrupted run may be quicker than the untouched one was
+_ROOM = 1.1  # of the steps that a scenario takes: the interrupted run may be quicker than the untouched one was
 _SAVES = 12  # in the interrupted run, unless told otherwise: several between any two of the usual six interruptions
 
 

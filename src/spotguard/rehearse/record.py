@@ -12,8 +12,8 @@ __all__ = ["KILLED", "Delivered", "Message", "Segment", "Spent", "Start", "Strik
 Message = Mapping[str, Any]
 """What a guard says at one place."""
 
-KILLED = (-9, 137)
-"""Exit statuses of what was killed; 137 is what a shell in between makes of it."""
+KILLED = 137
+"""Exit status of what was killed, as a shell tells it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,16 +190,23 @@ class Start:
         """Whether it ended, after an interruption, in the way that makes a scheduler start it again."""
         if self.strike is None or self.timed_out:
             return False
+        if self.exit_state is not None:  # torchrun: 1 after everything
+            return self.exit_code != 0 and (
+                self.killed or self.strike.kind == "SIGKILL" or self.exit_state == "preempted"
+            )
         if self.killed or self.strike.kind == "SIGKILL":
-            return self.exit_code in KILLED
-        if self.exit_state is not None:
-            return self.exit_state == "preempted" and self.exit_code != 0
-        return self.stopped is not None and self.exit_code == self.stopped
+            return self.status == KILLED
+        return self.stopped is not None and self.status == self.stopped
+
+    @property
+    def status(self) -> int:
+        """The exit status as a shell tells it: 143 for an end by SIGTERM."""
+        return self.exit_code if self.exit_code >= 0 else 128 - self.exit_code
 
     @property
     def killed(self) -> bool:
         """Whether a platform killed it, because it had not ended by itself."""
-        return self.killed_at is not None and self.exit_code in KILLED
+        return self.killed_at is not None and self.status == KILLED
 
     @property
     def window(self) -> tuple[float, float] | None:

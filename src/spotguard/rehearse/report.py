@@ -10,6 +10,7 @@ from spotguard.notices.platforms import Layer
 from spotguard.rehearse.outcome import GENERATORS, Compared
 from spotguard.rehearse.plan import Interruption
 from spotguard.rehearse.record import Spent, Start, Strike
+from spotguard.rehearse.scenario import in_words
 from spotguard.rehearse.slow_store import SlowStore
 from spotguard.rehearse.verdict import Circumstances, bad_end, remarks
 
@@ -113,13 +114,23 @@ class Report:
             for name in ("boundaries", "waits"):
                 del start[name]
             start["spent"] = dataclasses.asdict(record.spent)
+            for told, strike in zip(start["strikes"], record.strikes, strict=True):
+                told["interruption"] = _plain(strike.interruption)
             for name in ("window_s", "trained_in_window_s", "committed_after_notice"):
                 start[name] = getattr(record, name)
-        fields["plan"] = [dataclasses.asdict(item) for item in self.plan]
+        fields["plan"] = [_plain(item) for item in self.plan]
         totals = {
             name: getattr(self, name) for name in ("safe", "identical", "lost_steps", "stall_s", "restore_s", "wall_s")
         }
         return json.dumps({**totals, **fields}, indent=2, default=str)
+
+
+def _plain(interruption: Interruption) -> dict[str, Any]:
+    fields = dataclasses.asdict(interruption)
+    if interruption.scenario is not None:
+        told = [{"at_s": delivery.at_s, "what": in_words(delivery.act)} for delivery in interruption.deliveries]
+        fields["scenario"]["deliveries"] = told
+    return fields
 
 
 def judge(

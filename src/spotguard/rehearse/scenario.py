@@ -34,6 +34,7 @@ LEAST_GRACES = {"aws": 7.0, "azure": 2.0}
 _POWER_OFF_S = 30.0  # Compute Engine: from the press of the power button, which is a SIGTERM, to the power-off
 _KILL_WAIT_S = 30.0  # SLURM: from SIGTERM at the time limit to SIGKILL
 _SHUTDOWN_S = 1.0  # EC2: how long its shutdown takes nobody promises; count on nothing
+_HINT_S = 6.0  # EC2: by then the recommendation has been heard, which may come with the notice or long before
 _FROZEN_S = 2.0  # Azure: "a pause of a few seconds"
 _AGENT_S = 5.0  # torchrun kills its workers first, and then ends by itself
 
@@ -158,11 +159,11 @@ def _aws(grace_s: float) -> Sequence[Scenario]:
             (from_s + grace_s + _SHUTDOWN_S, Kill()),
         )
 
-    hint = Delivery(0, Announce("rebalance"))
+    hint, ahead_s = Delivery(0, Announce("rebalance")), min(grace_s / 2, _HINT_S)
     frozen = _deliver((0, Announce("hibernate")), (0, Freeze()), (_SHUTDOWN_S, Kill()))
     return (
         Scenario("terminate", terminate(0), lead_s=grace_s),
-        Scenario("rebalance, terminate", (hint, *terminate(grace_s / 2)), asks_s=grace_s / 2, lead_s=grace_s),
+        Scenario("rebalance, terminate", (hint, *terminate(ahead_s)), asks_s=ahead_s, lead_s=grace_s),
         Scenario("hibernate", frozen),
     )
 
@@ -181,18 +182,17 @@ def _gcp(grace_s: float) -> Sequence[Scenario]:
 
 def _azure(grace_s: float) -> Sequence[Scenario]:
     preempt = Delivery(0, Announce("Preempt", grace_s))
-    freeze = _deliver(
-        (0, Announce("Freeze", grace_s)),
-        (grace_s, Begin()),
-        (grace_s, Freeze(_FROZEN_S)),
-        (grace_s + _FROZEN_S, Withdraw()),
+    others = _deliver(
+        (0, Announce("Preempt of another VM", grace_s)),
+        (0, Announce("Freeze", grace_s / 3)),
+        (grace_s / 3, Begin()),
+        (grace_s / 3, Freeze(_FROZEN_S)),
+        (max(grace_s, grace_s / 3 + _FROZEN_S), Withdraw()),
     )
-    elsewhere = _deliver((0, Announce("Preempt of another VM", grace_s)), (grace_s, Withdraw()))
     return (
         Scenario("Preempt", (preempt, Delivery(grace_s, Kill())), lead_s=grace_s),
         Scenario("Preempt, withdrawn", (preempt, Delivery(grace_s / 3, Withdraw())), asks_s=None, may_leave=True),
-        Scenario("Preempt of another VM", elsewhere, asks_s=None),
-        Scenario("Freeze", freeze, asks_s=None),
+        Scenario("Freeze, and Preempt of another VM", others, asks_s=None),
     )
 
 

@@ -136,7 +136,7 @@ class Site(contextlib.ExitStack):
         if isinstance(self._fake, FakeAzure):
             event_type, _, other = act.what.partition(" of ")
             self._event = self._fake.schedule(event_type, act.in_s, resources=("anothervm",) if other else ())
-            return "/scheduledevents", self._event
+            return "/metadata/scheduledevents", self._event
         if isinstance(self._fake, FakeAws) and act.what == "rebalance":
             self._fake.rebalance()
             return "/rebalance", "noticeTime"
