@@ -26,6 +26,7 @@ class Settings(BaseSettings):
         notices: ``"auto"`` to ask the metadata service of the cloud we are on, ``"none"`` not to.
         grace: How long the platform leaves us after a signal or a notice that does not say it, such as ``"30s"``.
         azure_endpoint: Another address of Azure's metadata service; those of the other clouds have variables of their own for that.
+        dmi: Where the kernel shows what the firmware says of the machine; set by ``spotguard rehearse --platform``.
         max_failures: Failed saves in a row after which training stops with an error.
         poll_s: Seconds between looks at the ``stop`` object of the run. Default: 1 on this machine, 5 across a network.
         repeat_s: Seconds in which a repeated signal counts as the same one (launchers often deliver it twice).
@@ -44,6 +45,7 @@ class Settings(BaseSettings):
     notices: Literal["auto", "none"] = "auto"
     grace: str | None = None
     azure_endpoint: str | None = None
+    dmi: str | None = None
     max_failures: int = Field(default=3, ge=1)
     poll_s: float | None = Field(default=None, gt=0, le=86400)
     repeat_s: float = Field(default=1.0, ge=0)

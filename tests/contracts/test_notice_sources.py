@@ -23,12 +23,13 @@ from spotguard.notices import (
     UrlSource,
 )
 from spotguard.notices.metadata import MetadataClient
-from spotguard.testing.metadata import FakeAws, FakeAzure, FakeGoogle, Reply, Request, _Fake
+from spotguard.testing._service import Service as Fake
+from spotguard.testing.metadata import FakeAws, FakeAzure, FakeGoogle, Reply, Request
 
 SOON = 0.02  # seconds between two questions
 
 
-class FakeUrl(_Fake):
+class FakeUrl(Fake):
     """A scheduler of somebody's own."""
 
     notice: dict[str, Any] | None = None
@@ -448,7 +449,7 @@ def test_a_key_that_is_not_there_is_given_up(google: FakeGoogle, listen: Callabl
 
 
 def test_an_answer_of_somebody_else_is_no_news(listen: Callable[..., Listening]) -> None:
-    class Portal(_Fake):
+    class Portal(Fake):
         def answer(self, request: Request) -> Reply:
             return Reply(200, "TRUE")
 

@@ -10,7 +10,8 @@ import pytest
 from spotguard.errors import ConfigError
 from spotguard.rehearse.outcome import Compared
 from spotguard.rehearse.plan import Interruption, plan_interruptions, save_interval
-from spotguard.rehearse.record import Recorder, Start, account
+from spotguard.rehearse.record import Start, Strike, account
+from spotguard.rehearse.recorder import Recorder
 from spotguard.rehearse.report import judge
 
 SHARDS = ("model", "optimizer", "rank-00000")
@@ -124,12 +125,18 @@ def _start(number: int = 1, **fields: Any) -> Start:
 
 SAME, OTHER = Compared("model", identical=True), Compared("model", identical=False, difference="['w']: 1 and 2")
 TERM = Interruption("SIGTERM", 5)
-STOPPED: dict[str, Any] = {"interruption": TERM, "struck_step": 5, "stopped": 143, "exit_code": 143, "finished": False}
+STOPPED: dict[str, Any] = {
+    "strikes": (Strike(TERM, 4.0, 5, "boundary"),),
+    "stopped": 143,
+    "exit_code": 143,
+    "finished": False,
+}
 
 
 def test_expected_exit_codes_and_equal_states_are_safe() -> None:
     assert judge(_start(), [_start(**STOPPED), _start(2)], [TERM], [SAME]) == ("safe", (), ())
-    killed = {**STOPPED, "interruption": Interruption("SIGKILL", 5), "stopped": None}
+    kill = Strike(Interruption("SIGKILL", 5), 4.0, 5, "boundary")
+    killed = {**STOPPED, "strikes": (kill,), "stopped": None}
     for code in (-9, 137):  # 137: from a shell in between
         assert judge(_start(), [_start(**{**killed, "exit_code": code}), _start(2)], [TERM], [SAME])[0] == "safe"
 

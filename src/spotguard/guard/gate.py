@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,12 +18,14 @@ from spotguard.checkpoint.layout import CHECKPOINTS, MANIFESTS
 from spotguard.errors import ConfigError
 from spotguard.guard.console import say
 from spotguard.stores import ObjectStore, ObjectWriter, open_store
-from spotguard.stores.base import ObjectInfo, Progress
+from spotguard.stores.base import ObjectInfo, Progress, check_deadline
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-__all__ = ["Gate", "gated", "join_rehearsal"]
+__all__ = ["Gate", "gated", "join_rehearsal", "slowed"]
+
+_PIECES_PER_S = 20  # of a slow store: how often it looks at the deadline
 
 
 class Gate:
@@ -93,6 +96,65 @@ class _GatedStore:
             self._gate.ask("published", key=key)
 
 
+class _SlowWriter:
+    def __init__(self, writer: ObjectWriter, store: "_SlowStore", key: str, deadline: float | None) -> None:
+        self._writer, self._store, self._key, self._deadline = writer, store, key, deadline
+
+    @property
+    def info(self) -> ObjectInfo | None:
+        return self._writer.info
+
+    def write(self, data: "Buffer", /, progress: Progress | None = None, digest: Digest | None = None) -> int:
+        view, done = memoryview(data).cast("B"), 0
+        while done < len(view):
+            piece = view[done : done + self._store.piece]
+            self._store.wait(len(piece), self._key, self._deadline)
+            done += self._writer.write(piece, progress, digest)
+        return done
+
+
+class _SlowStore:
+    """Everything but `create` is as fast as the store's own.
+
+    Args:
+        store: The one below.
+        latency_s: Seconds that every object takes.
+        bytes_per_s: What all objects together get; None for no limit.
+    """
+
+    def __init__(self, store: ObjectStore, latency_s: float, bytes_per_s: float | None) -> None:
+        self._store, self._latency_s, self._bytes_per_s = store, latency_s, bytes_per_s
+        self.piece = 1 << 30 if bytes_per_s is None else max(1, int(bytes_per_s / _PIECES_PER_S))
+        self._lock, self._free_at = threading.Lock(), 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    @contextlib.contextmanager
+    def create(self, key: str, *, exclusive: bool = False, deadline: float | None = None) -> Iterator[Any]:
+        with self._store.create(key, exclusive=exclusive, deadline=deadline) as writer:
+            yield _SlowWriter(writer, self, key, deadline)
+            self._sleep_until(time.monotonic() + self._latency_s, key, deadline)
+
+    def wait(self, size: int, key: str, deadline: float | None) -> None:
+        """The line is shared: so many bytes take their time, behind those that others are sending."""
+        if self._bytes_per_s is None:
+            return
+        with self._lock:
+            until = self._free_at = max(self._free_at, time.monotonic()) + size / self._bytes_per_s
+        self._sleep_until(until, key, deadline)
+
+    def _sleep_until(self, until: float, key: str, deadline: float | None) -> None:
+        while (left := until - time.monotonic()) > 0:
+            check_deadline(deadline, key)
+            time.sleep(min(left, 1 / _PIECES_PER_S))
+
+
+def slowed(store: ObjectStore, *, latency_s: float = 0.0, bytes_per_s: float | None = None) -> ObjectStore:
+    """The same store, which takes its time to write, and gives up at the deadline as any other."""
+    return cast("ObjectStore", _SlowStore(store, latency_s, bytes_per_s))
+
+
 def gated(store: ObjectStore, gate: Gate) -> ObjectStore:
     """The same store, asking in the middle of each object of a checkpoint, before it becomes visible, and once it is."""
     return cast("ObjectStore", _GatedStore(store, gate))
@@ -110,7 +172,10 @@ def join_rehearsal(path: str, store: ObjectStore) -> tuple[Gate, ObjectStore, in
     """
     gate = Gate(path)
     answer = gate.ask("hello", pid=os.getpid(), uri=store.uri)
-    elsewhere = gated(open_store(answer["uri"]), gate)
+    store = open_store(answer["uri"])
+    if answer.get("slow"):
+        store = slowed(store, **answer["slow"])
+    elsewhere = gated(store, gate)
     say(f"this is a rehearsal: checkpoints go to {elsewhere.uri}")
     every = answer.get("every")
     return gate, elsewhere, None if every is None else int(every)

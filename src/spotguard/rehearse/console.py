@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from spotguard._time import format_seconds
-from spotguard.rehearse.drawing import outcome
+from spotguard.rehearse.drawing import delivered, kinds, struck, window
 from spotguard.rehearse.plan import Interruption
 from spotguard.rehearse.record import Start
 from spotguard.rehearse.report import Report
@@ -58,9 +58,9 @@ class ConsoleObserver:
         self._progress.stop_task(self._task)
         if not self._console.is_terminal:
             spent = format_seconds(start.ended - start.began)
-            struck = f", {start.interruption.kind} ({start.struck_where})" if start.interruption else ""
+            befallen = "".join(f", {strike.kind} ({strike.where})" for strike in start.strikes)
             self._console.print(
-                f"{self._title}; steps {start.first_step} to {start.last_step} in {spent}{struck}, exit status {start.exit_code}",
+                f"{self._title}; steps {start.first_step} to {start.last_step} in {spent}{befallen}, exit status {start.exit_code}",
                 markup=False,
                 soft_wrap=True,
             )
@@ -90,6 +90,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
     if report.members:
         console.print(_members(report))
     spent = report.spent
+    if report.slow_store is not None:
+        console.print(f"writing was made slow: {report.slow_store}", markup=False)
     console.print(
         f"untouched {format_seconds(report.untouched.ended)}, interrupted {format_seconds(report.wall_s)}: "
         f"training {spent.training:.1f} s, lost {spent.lost:.1f} s ({report.lost_steps} steps), restore {spent.restore:.1f} s, "
@@ -119,15 +121,19 @@ def _interruptions(report: Report) -> Table:
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    for name in ("start", "signal", "where"):
+    for name in ("start", "interruption", "where"):
         table.add_column(name, overflow="fold")
+    if report.platform is not None:
+        table.add_column("delivered", overflow="fold")
+        table.add_column("window used", justify="right", no_wrap=True)
     for name in ("steps", "lost", "restore", "stall", "exit"):
         table.add_column(name, justify="right", no_wrap=True)
     for start in report.interrupted:
         table.add_row(
             str(start.number),
-            start.interruption.kind if start.interruption else "",
-            start.struck_where if start.interruption else outcome(start),
+            kinds(start),
+            struck(start),
+            *([] if report.platform is None else [delivered(start), window(start)]),
             f"{start.first_step} to {start.last_step}",
             str(start.lost_steps),
             format_seconds(start.restore_s) if start.resumed_from else "",

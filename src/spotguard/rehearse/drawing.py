@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from spotguard._time import format_seconds
 from spotguard.rehearse.record import Start
 
-__all__ = ["KINDS", "Drawing", "outcome", "over_steps", "over_time"]
+__all__ = ["KINDS", "Drawing", "delivered", "kinds", "outcome", "over_steps", "over_time", "struck", "window"]
 
 KINDS = {
     "startup": ("start-up and exit", "interpreter, imports, building the model"),
@@ -21,6 +21,7 @@ KINDS = {
 }
 _ROW = 54  # pixels
 _TICKS = 6
+_AT_ONCE = 0.05  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Bar:
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
-    """A moment: ``"commit"``, ``"sigterm"`` or ``"sigkill"``."""
+    """A moment: ``"commit"``, or what was delivered: ``"notice"``, ``"sigterm"``, ``"frozen"``, ``"sigkill"``."""
 
     kind: str
     x: float
@@ -88,8 +89,15 @@ def over_time(starts: Sequence[Start]) -> Drawing:
             Mark("commit", 100 * at / end, f"checkpoint of step {step} committed at {at:.1f} s")
             for at, step in start.commits
         ]
-        if start.struck_at is not None:
-            marks.append(_signal(start, 100 * start.struck_at / end))
+        marks += [
+            Mark(
+                done.kind,
+                100 * done.at / end,
+                f"{done.what} at {done.at:.1f} s{': ' if done.trouble else ''}{done.trouble}",
+            )
+            for strike in start.strikes
+            for done in strike.delivered
+        ]
         text = f"{format_seconds(start.ended - start.began)}, {outcome(start)}"
         rows.append(Row(index * _ROW, _name(index), text, tuple(bars), tuple(marks)))
     return Drawing(tuple(rows), _ticks(end), len(rows) * _ROW, "s")
@@ -110,8 +118,14 @@ def over_steps(starts: Sequence[Start]) -> Drawing:
             if high > low
         ]
         marks = [Mark("commit", 100 * step / end, f"checkpoint of step {step}") for _, step in start.commits]
-        if start.struck_step is not None:
-            marks.append(_signal(start, 100 * start.struck_step / end))
+        marks += [
+            Mark(
+                strike.delivered[0].kind if strike.delivered else "notice",
+                100 * strike.step / end,
+                f"{strike.kind} ({strike.where}), step {strike.step}",
+            )
+            for strike in start.strikes
+        ]
         text = f"{start.first_step} to {start.last_step}" + (f", {start.lost_steps} lost" if start.lost_steps else "")
         rows.append(Row(index * _ROW, _name(index), text, tuple(bars), tuple(marks)))
     return Drawing(tuple(rows), _ticks(end, whole=True), len(rows) * _ROW, "steps")
@@ -121,20 +135,43 @@ def outcome(start: Start) -> str:
     """How a start ended, in a few words."""
     if start.timed_out:
         return "timed out"
-    if start.interruption is not None:
-        return f"{start.interruption.kind} at step {start.struck_step}"
+    if start.strike is not None and not (start.finished and start.strike.interruption.goes_on):
+        return f"{start.strike.kind} at step {start.strike.step}"
     return "finished" if start.finished else "ended early"
+
+
+def kinds(start: Start) -> str:
+    """What has befallen a start, in the words of the plan."""
+    return "; ".join(strike.kind for strike in start.strikes)
+
+
+def struck(start: Start) -> str:
+    """Where that was; or how the start ended, if nothing has."""
+    return "; ".join(f"{strike.where}, step {strike.step}" for strike in start.strikes) or outcome(start)
+
+
+def delivered(start: Start) -> str:
+    """What was delivered, with seconds since the beginning of each interruption."""
+    told = [
+        ", ".join(
+            done.what + (f" at {done.at - strike.at:.1f} s" if done.at - strike.at >= _AT_ONCE else "")
+            for done in strike.delivered
+        )
+        for strike in start.strikes
+    ]
+    return "; ".join(told)
+
+
+def window(start: Start) -> str:
+    """How much of the time that it was given a start has used."""
+    scenario = start.strike.interruption.scenario if start.strike is not None else None
+    if scenario is None or not scenario.lead_s or start.window_s is None:
+        return ""
+    return f"{start.window_s:.1f} of {scenario.lead_s:.1f} s"
 
 
 def _name(index: int) -> str:
     return f"start {index}" if index else "untouched"
-
-
-def _signal(start: Start, x: float) -> Mark:
-    assert start.interruption is not None
-    return Mark(
-        start.interruption.kind.lower(), x, f"{start.interruption.kind} {start.struck_where}, step {start.struck_step}"
-    )
 
 
 def _ticks(end: float, *, whole: bool = False) -> tuple[tuple[float, str], ...]:

@@ -2,13 +2,14 @@
 
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spotguard._time import format_seconds, utc_now
-from spotguard.rehearse.drawing import KINDS, outcome, over_steps, over_time
-from spotguard.rehearse.record import Spent
+from spotguard.rehearse.drawing import KINDS, delivered, kinds, over_steps, over_time, struck, window
+from spotguard.rehearse.record import Spent, Start
 from spotguard.rehearse.report import Report
 
 __all__ = ["render_page", "write_page"]
@@ -41,7 +42,11 @@ def render_page(report: Report) -> str:
         over_steps=over_steps(starts),
         shares=_shares(report.untouched.spent, report.spent),
         starts=report.interrupted,
-        outcome=outcome,
+        befallen=kinds,
+        struck=struck,
+        delivered=delivered,
+        window=window,
+        marks=_marks(starts),
     )
 
 
@@ -52,9 +57,24 @@ def _headline(report: Report) -> str:
 
 
 def _options(report: Report) -> list[str]:
-    kinds = [item.kind for item in report.plan]
-    counts = ["--sigterm", str(kinds.count("SIGTERM")), "--sigkill", str(kinds.count("SIGKILL"))]
-    return ["--seed", str(report.seed), *counts, "--every", str(report.every)]
+    options = ["--seed", str(report.seed)]
+    if report.platform is not None:
+        options += ["--platform", report.platform, "--grace", f"{report.grace_s:g}s"]
+    single = [item.kind for item in report.plan if item.scenario is None]
+    if single or report.platform is None:
+        options += ["--sigterm", str(single.count("SIGTERM")), "--sigkill", str(single.count("SIGKILL"))]
+    if report.slow_store is not None:
+        options += ["--slow-store", report.slow_store.text]
+    return [*options, "--every", str(report.every)]
+
+
+def _marks(starts: Sequence[Start]) -> list[tuple[str, str]]:
+    """What the marks in the drawings mean, those that are there."""
+    seen = {done.kind for start in starts for strike in start.strikes for done in strike.delivered}
+    named = [("notice", "metadata service"), ("sigterm", "signal"), ("frozen", "frozen"), ("sigkill", "SIGKILL")]
+    if not any(strike.interruption.scenario for start in starts for strike in start.strikes):
+        named[1] = ("sigterm", "SIGTERM")
+    return [one for one in named if one[0] in seen] + [("commit", "checkpoint committed")]
 
 
 def _shares(untouched: Spent, interrupted: Spent) -> list[tuple[str, str, float, float, float]]:

@@ -1,16 +1,19 @@
-"""What one start of the script did, told by its guard, and where its time went."""
+"""What one start of the script did, and where its time went."""
 
 import bisect
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from spotguard.checkpoint.layout import parse_manifest_key
-from spotguard.rehearse.plan import Interruption, object_name, place_in_words
+from spotguard.rehearse.plan import Interruption
 
-__all__ = ["Recorder", "Segment", "Spent", "Start", "account"]
+__all__ = ["KILLED", "Delivered", "Message", "Segment", "Spent", "Start", "Strike", "account"]
 
 Message = Mapping[str, Any]
+"""What a guard says at one place."""
+
+KILLED = 137
+"""Exit status of what was killed, as a shell tells it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +58,60 @@ class Spent:
         return Spent(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Delivered:
+    """Something that was delivered.
+
+    Attributes:
+        at: When, in seconds from the beginning of the run.
+        what: In words.
+        kind: ``"notice"``, ``"sigterm"`` for any signal that can be handled, ``"frozen"`` or ``"sigkill"``.
+        trouble: Why it could not come through; empty when it could.
+    """
+
+    at: float
+    what: str
+    kind: str
+    trouble: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Strike:
+    """An interruption that came to pass.
+
+    Attributes:
+        interruption: Which one.
+        at: When it began, in seconds from the beginning of the run.
+        step: The step at which it began.
+        where: The place, in words.
+        delivered: What was delivered before the process had ended.
+    """
+
+    interruption: Interruption
+    at: float
+    step: int
+    where: str
+    delivered: tuple[Delivered, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """Which one, in a word."""
+        return self.interruption.kind
+
+    @property
+    def complete(self) -> bool:
+        """Whether all of it has been delivered."""
+        return len(self.delivered) == len(self.interruption.deliveries)
+
+    @property
+    def asked_at(self) -> float | None:
+        """When the process was told to go, or was killed without a word; None where it is to go on, or had not been told yet."""
+        scenario = self.interruption.scenario
+        after = 0.0 if scenario is None else scenario.asks_s
+        due = [one.at_s for one in self.interruption.deliveries[: len(self.delivered)]]
+        return next((done.at for at_s, done in zip(due, self.delivered, strict=True) if at_s == after), None)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Start:
     """One start of the script.
@@ -73,14 +130,15 @@ class Start:
         restore_s: What the guard measured for resolve, verify, read and restore.
         fresh: Fingerprints of the generators at a fresh start.
         troubles: Damaged checkpoints that were passed over, and state that did not come back bit for bit.
-        interruption: The signal that was sent, or None.
-        struck_at: When it was sent.
-        struck_step: The step at which it was sent.
-        struck_where: The place, in words.
+        strikes: The interruptions that came to pass, in order; all but the last one it has outlived.
+        heard_at: When the metadata service was asked and told of the last event that it announced; None when it was not asked.
+        killed_at: When a platform killed it.
+        exit_state: What ``exit.json`` in the run says of this start, under torchrun, which makes one exit status of all.
         stopped: The guard left on its own accord, with this exit status.
         finished: The loop came to its end.
         commits: When each checkpoint became visible, and its step.
         stalls: Of each snapshot, in seconds.
+        saves: Of each checkpoint, in seconds, from the snapshot to the commit.
         lost_steps: Steps to redo, known once the next start has told where it resumed.
         segments: Where the time went, in order, without gaps.
         log: Name of the file with its output.
@@ -104,14 +162,15 @@ class Start:
     restore_s: float = 0.0
     fresh: Mapping[str, str] | None = None
     troubles: tuple[str, ...] = ()
-    interruption: Interruption | None = None
-    struck_at: float | None = None
-    struck_step: int | None = None
-    struck_where: str = ""
+    strikes: tuple[Strike, ...] = ()
+    heard_at: float | None = None
+    killed_at: float | None = None
+    exit_state: str | None = None
     stopped: int | None = None
     finished: bool = False
     commits: tuple[tuple[float, int], ...] = ()
     stalls: tuple[float, ...] = ()
+    saves: tuple[float, ...] = ()
     lost_steps: int = 0
     segments: tuple[Segment, ...] = ()
     log: str = ""
@@ -122,13 +181,61 @@ class Start:
     left: float | None = dataclasses.field(default=None, repr=False)
 
     @property
+    def strike(self) -> Strike | None:
+        """The last interruption: the one that ended it, if any did."""
+        return self.strikes[-1] if self.strikes else None
+
+    @property
     def left_as_planned(self) -> bool:
-        """Whether it ended by its interruption in the way that makes a scheduler start it again."""
-        if self.interruption is None or self.timed_out:
+        """Whether it ended, after an interruption, in the way that makes a scheduler start it again."""
+        if self.strike is None or self.timed_out:
             return False
-        if self.interruption.kind == "SIGKILL":
-            return self.exit_code in (-9, 137)  # 137 is what a shell in between makes of it
-        return self.stopped is not None and self.exit_code == self.stopped
+        if self.exit_state is not None:  # torchrun: 1 after everything
+            return self.exit_code != 0 and (
+                self.killed or self.strike.kind == "SIGKILL" or self.exit_state == "preempted"
+            )
+        if self.killed or self.strike.kind == "SIGKILL":
+            return self.status == KILLED
+        return self.stopped is not None and self.status == self.stopped
+
+    @property
+    def status(self) -> int:
+        """The exit status as a shell tells it: 143 for an end by SIGTERM."""
+        return self.exit_code if self.exit_code >= 0 else 128 - self.exit_code
+
+    @property
+    def killed(self) -> bool:
+        """Whether a platform killed it, because it had not ended by itself."""
+        return self.killed_at is not None and self.status == KILLED
+
+    @property
+    def window(self) -> tuple[float, float] | None:
+        """From the moment when it was told to go up to its end; None where nobody told it."""
+        asked_at = self.strike.asked_at if self.strike is not None else None
+        return None if asked_at is None else (asked_at, self.ended)
+
+    @property
+    def window_s(self) -> float | None:
+        """How long that was, in seconds."""
+        return None if self.window is None else self.window[1] - self.window[0]
+
+    @property
+    def trained_in_window_s(self) -> float:
+        """Seconds of that in which steps were done that count."""
+        begin, end = self.window or (self.ended, self.ended)
+        parts = [part for part in self.segments if part.kind == "training"]
+        return sum(max(0.0, min(part.end, end) - max(part.begin, begin)) for part in parts)
+
+    @property
+    def committed_after_notice(self) -> int:
+        """Checkpoints that became visible in that time."""
+        begin, end = self.window or (self.ended, self.ended)
+        return sum(begin <= at <= end for at, _ in self.commits)
+
+    @property
+    def step_s(self) -> float:
+        """Seconds that a step took, on average."""
+        return (self.spent.training + self.spent.lost) / max(1, self.last_step - self.first_step)
 
     @property
     def spent(self) -> Spent:
@@ -137,87 +244,6 @@ class Start:
         for segment in self.segments:
             sums[segment.kind] = sums.get(segment.kind, 0.0) + segment.seconds
         return Spent(**sums)
-
-
-class Recorder:
-    """Listens to the messages of one start.
-
-    Args:
-        number: Of the start.
-        began: When it was started.
-    """
-
-    def __init__(self, number: int, began: float) -> None:
-        self._fields: dict[str, Any] = {"number": number, "began": began}
-        self._uris: set[str] = set()
-        self._boundaries: list[tuple[int, float]] = []
-        self._waits: list[tuple[float, float]] = []
-        self._commits: list[tuple[float, int]] = []
-        self._stalls: list[float] = []
-
-    @property
-    def step(self) -> int:
-        """The last one heard of."""
-        if "last_step" in self._fields:
-            return int(self._fields["last_step"])
-        return self._boundaries[-1][0] if self._boundaries else int(self._fields.get("first_step", 0))
-
-    @property
-    def struck(self) -> bool:
-        """Whether a signal has been sent."""
-        return "interruption" in self._fields
-
-    def heard(self, message: Message, now: float) -> None:
-        """Take a message that is going to be answered."""
-        at, fields = message["at"], self._fields
-        if at == "hello":
-            fields.setdefault("uri", str(message["uri"]))
-            self._uris.add(str(message["uri"]))
-            fields.setdefault("opened", now)
-        elif at in ("fresh", "resumed"):
-            fields.setdefault("ready", now)
-            fields["fresh"] = message.get("rng")
-            fields["first_step"] = message.get("step", 0)
-            fields["resumed_from"] = message.get("checkpoint")
-            fields["restore_s"] = message.get("seconds", 0.0)
-            fields["troubles"] = (*message.get("rejected", ()), *message.get("inexact", ()))
-        elif at == "boundary":
-            self._boundaries.append((int(message["step"]), now))
-        elif at == "snapshot":
-            self._stalls.append(float(message["stall"]))
-            self._waits.append((now - float(message["stall"]), now))
-        elif at == "published" and (identity := parse_manifest_key(message["key"])) is not None:
-            self._commits.append((now, identity.step))
-        elif at == "stopped":
-            fields["stopped"], fields["left"] = int(message.get("code", 143)), now
-            self._waits.append((now - float(message["seconds"]), now))
-        elif at == "finished":
-            fields["finished"], fields["left"], fields["last_step"] = True, now, int(message["step"])
-            last = self._boundaries[-1][1] if self._boundaries else now
-            if self._waits and self._waits[-1][1] > last:  # the save at the end, which is waited for
-                self._waits.append((self._waits[-1][0], now))
-
-    def strike(self, interruption: Interruption, message: Message, now: float) -> None:
-        """A signal is being sent at this message."""
-        name = object_name(message["key"]) if "key" in message else ""
-        where = place_in_words(interruption.place, name)
-        self._fields.update(interruption=interruption, struck_at=now, struck_step=self.step, struck_where=where)
-
-    def result(self, *, ended: float, exit_code: int, timed_out: bool, log: str) -> Start:
-        """All of it, once the process is gone."""
-        fields = {**self._fields, "last_step": self.step}
-        return Start(
-            **fields,
-            ended=ended,
-            exit_code=exit_code,
-            timed_out=timed_out,
-            uris=len(self._uris),
-            commits=tuple(self._commits),
-            stalls=tuple(self._stalls),
-            boundaries=tuple(self._boundaries),
-            waits=tuple(self._waits),
-            log=log,
-        )
 
 
 def account(starts: list[Start]) -> tuple[Start, ...]:

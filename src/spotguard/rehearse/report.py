@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from spotguard.notices.platforms import Layer
 from spotguard.rehearse.outcome import GENERATORS, Compared
 from spotguard.rehearse.plan import Interruption
-from spotguard.rehearse.record import Spent, Start
+from spotguard.rehearse.record import Spent, Start, Strike
+from spotguard.rehearse.scenario import in_words
+from spotguard.rehearse.slow_store import SlowStore
+from spotguard.rehearse.verdict import Circumstances, bad_end, remarks
 
-__all__ = ["HOPELESS", "Report", "Verdict", "judge", "unlike_generators"]
+__all__ = ["HOPELESS", "Report", "Verdict", "judge", "unlike", "unlike_generators"]
 
 Verdict = Literal["safe", "unsafe", "inconclusive"]
 
@@ -41,6 +45,9 @@ class Report:
         plan: The interruptions, delivered or not.
         members: The final checkpoints, compared.
         output: Directory with the page and the logs.
+        platform: Whose interruptions these were; None for single signals.
+        grace_s: Seconds that the platform gave.
+        slow_store: How slow writing was made.
     """
 
     command: tuple[str, ...]
@@ -54,6 +61,9 @@ class Report:
     plan: tuple[Interruption, ...]
     members: tuple[Compared, ...]
     output: Path
+    platform: str | None = None
+    grace_s: float | None = None
+    slow_store: SlowStore | None = None
 
     @property
     def safe(self) -> bool:
@@ -61,9 +71,9 @@ class Report:
         return self.verdict == "safe"
 
     @property
-    def interruptions(self) -> tuple[Start, ...]:
-        """The starts that were interrupted."""
-        return tuple(start for start in self.interrupted if start.interruption is not None)
+    def interruptions(self) -> tuple[Strike, ...]:
+        """Those that came to pass."""
+        return tuple(strike for start in self.interrupted for strike in start.strikes)
 
     @property
     def lost_steps(self) -> int:
@@ -104,17 +114,41 @@ class Report:
             for name in ("boundaries", "waits"):
                 del start[name]
             start["spent"] = dataclasses.asdict(record.spent)
-        fields["plan"] = [dataclasses.asdict(item) for item in self.plan]
+            for told, strike in zip(start["strikes"], record.strikes, strict=True):
+                told["interruption"] = _plain(strike.interruption)
+            for name in ("window_s", "trained_in_window_s", "committed_after_notice"):
+                start[name] = getattr(record, name)
+        fields["plan"] = [_plain(item) for item in self.plan]
         totals = {
             name: getattr(self, name) for name in ("safe", "identical", "lost_steps", "stall_s", "restore_s", "wall_s")
         }
         return json.dumps({**totals, **fields}, indent=2, default=str)
 
 
+def _plain(interruption: Interruption) -> dict[str, Any]:
+    fields = dataclasses.asdict(interruption)
+    if interruption.scenario is not None:
+        told = [{"at_s": delivery.at_s, "what": in_words(delivery.act)} for delivery in interruption.deliveries]
+        fields["scenario"]["deliveries"] = told
+    return fields
+
+
 def judge(
-    untouched: Start, interrupted: Sequence[Start], plan: Sequence[Interruption], members: Sequence[Compared]
+    untouched: Start,
+    interrupted: Sequence[Start],
+    plan: Sequence[Interruption],
+    members: Sequence[Compared],
+    *,
+    layer: Layer | None = None,
 ) -> tuple[Verdict, tuple[str, ...], tuple[str, ...]]:
     """Decide.
+
+    Args:
+        untouched: The run that was left alone.
+        interrupted: The starts of the other.
+        plan: The interruptions, delivered or not.
+        members: The final checkpoints, compared.
+        layer: What is known of the platform; None for single signals.
 
     Returns:
         The verdict, the reasons why it is not safe, and notes.
@@ -124,14 +158,18 @@ def judge(
         what = " and ".join(unseeded)
         reason = f"two fresh starts of the script began with different {what} generators, so they cannot be compared; {_remedy(unseeded)}"
         return "inconclusive", (reason,), ()
-    bad = _bad_starts(untouched, interrupted)
-    reasons, notes = (
-        list(bad),
-        [f"start {start.number}: {trouble}" for start in interrupted for trouble in start.troubles],
+    around = Circumstances(
+        layer,
+        save_s=max((seconds for start in (untouched, *interrupted) for seconds in start.saves), default=0.0),
+        step_s=max(start.step_s for start in (untouched, *interrupted)),
     )
+    bad = _bad_starts(untouched, interrupted, around)
+    reasons, notes = list(bad), _notes(interrupted, around)
     last = interrupted[-1]
     if not bad:
-        missing = len(plan) - sum(start.interruption is not None for start in interrupted)
+        missing = len(plan) - sum(
+            strike.complete or not strike.interruption.goes_on for start in interrupted for strike in start.strikes
+        )
         if missing:
             reasons.append(f"{missing} of {len(plan)} interruptions did not come to pass: the run ended before")
         if last.last_step != untouched.last_step:
@@ -166,18 +204,29 @@ def _remedy(unseeded: Sequence[str]) -> str:
 
 def unlike_generators(untouched: Start, interrupted: Sequence[Start]) -> tuple[str, ...]:
     """Generators that were not in the same state at every fresh start of the script."""
-    first = untouched.fresh or {}
-    unlike = set()
+    found = set[str]()
     for start in interrupted:
         if start.fresh is not None:
-            unlike |= {name for name in {*first, *start.fresh} if first.get(name) != start.fresh.get(name)}
-    return tuple(sorted(unlike))
+            found |= unlike(start.fresh, untouched)
+    return tuple(sorted(found))
 
 
-def _bad_starts(untouched: Start, interrupted: Sequence[Start]) -> list[str]:
+def unlike(rng: Mapping[str, str], start: Start) -> set[str]:
+    """Generators that are not in the state that they had when that start began."""
+    ours = start.fresh or {}
+    return {name for name in {*ours, *rng} if ours.get(name) != rng.get(name)}
+
+
+def _notes(interrupted: Sequence[Start], around: Circumstances) -> list[str]:
+    return [
+        f"start {start.number}: {note}" for start in interrupted for note in (*start.troubles, *remarks(start, around))
+    ]
+
+
+def _bad_starts(untouched: Start, interrupted: Sequence[Start], around: Circumstances) -> list[str]:
     reasons = []
     for start in interrupted:
-        if (reason := _bad_end(start)) is not None:
+        if (reason := bad_end(start, around)) is not None:
             reasons.append(f"start {start.number}: {reason} (see {start.log})")
         if start.opened is not None and start.uri != untouched.uri:
             reasons.append(
@@ -185,26 +234,3 @@ def _bad_starts(untouched: Start, interrupted: Sequence[Start]) -> list[str]:
                 "Give SpotGuard the same place at every start, without a date or a process number in it"
             )
     return reasons
-
-
-def _bad_end(start: Start) -> str | None:
-    """What is wrong with the end of a start; None when a scheduler would do the right thing after it."""
-    code, kind = start.exit_code, start.interruption.kind if start.interruption else None
-    if start.timed_out:
-        after = f" after {kind} at step {start.struck_step}" if kind else ""
-        return f"it did not end{after} and was killed at the time limit; it hangs, or --timeout is too short"
-    if start.left_as_planned:
-        return None
-    if kind == "SIGKILL":
-        return f"exit status {code} after SIGKILL, -9 was expected"
-    if kind == "SIGTERM" and start.stopped is not None:
-        taken = "the work for done" if code == 0 else "it for a failure"
-        return f"exit status {code} after SIGTERM, {start.stopped} was expected: a scheduler would take {taken}"
-    if kind == "SIGTERM":
-        what = "it went on to its end" if start.finished else f"exit status {code}, without a last checkpoint,"
-        return f"{what} after SIGTERM at step {start.struck_step}; does the script, or a library, set a signal handler of its own?"
-    if start.opened is None:
-        return f"exit status {code}, and it never opened a SpotGuard"
-    if not start.finished:
-        return f"exit status {code} at step {start.last_step}, without a signal and before the end of training"
-    return None if code == 0 else f"exit status {code} after the end of training"

@@ -4,25 +4,30 @@ import contextlib
 import dataclasses
 import random
 import shutil
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from spotguard.errors import CheckpointError, ConfigError
+from spotguard.checkpoint import ExitRecord
+from spotguard.checkpoint.layout import EXIT
+from spotguard.errors import CheckpointError, ConfigError, SpotguardError
+from spotguard.pipeline.objects import read_object
 from spotguard.rehearse.outcome import Compared, compare_checkpoints, final_checkpoint
 from spotguard.rehearse.page import write_page
-from spotguard.rehearse.plan import Interruption, check_counts, plan_interruptions, save_interval
-from spotguard.rehearse.process import Answer, Gatekeeper, Message, tail
-from spotguard.rehearse.record import Recorder, Start, account
+from spotguard.rehearse.plan import Interruption, check_counts, check_room, plan_interruptions, save_interval
+from spotguard.rehearse.process import Gatekeeper, tail
+from spotguard.rehearse.record import Start, account
+from spotguard.rehearse.recorder import Recorder
 from spotguard.rehearse.report import HOPELESS, Report, judge, unlike_generators
+from spotguard.rehearse.scenario import LEAST_GRACES
+from spotguard.rehearse.scene import Scene
+from spotguard.rehearse.site import Site
+from spotguard.rehearse.slow_store import SlowStore
+from spotguard.stores import LocalObjectStore
 
 __all__ = ["Observer", "RehearsalOptions", "rehearse"]
-
-_HOLD = 0.05  # seconds at a boundary for a SIGTERM to be heard by the guard; it takes a millisecond
-_HOLDS = 20  # boundaries, on a machine that is busier than that
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,19 +36,35 @@ class RehearsalOptions:
 
     Attributes:
         seed: Of the plan; None for a new one.
-        sigterm: How many SIGTERMs.
-        sigkill: How many SIGKILLs.
+        platform: Whose interruptions are rehearsed, each once: ``"aws"``, ``"gcp"``, ``"azure"``, ``"k8s"``, ``"slurm"``,
+            ``"sagemaker"`` or ``"torchrun"``; None for single signals.
+        grace_s: Seconds that the platform leaves; None for what it leaves unless it is set up otherwise.
+        sigterm: How many SIGTERMs; None for 3, or none beside those of a platform.
+        sigkill: How many SIGKILLs; likewise.
+        slow_store: How slow writing is made; None for as fast as it is.
         every: Steps between saves in the interrupted run; None for a twelfth of the run.
         timeout: Seconds that one start may take.
         output: Directory for the page, the report and the logs.
     """
 
     seed: int | None = None
-    sigterm: int = 3
-    sigkill: int = 3
+    platform: str | None = None
+    grace_s: float | None = None
+    sigterm: int | None = None
+    sigkill: int | None = None
+    slow_store: SlowStore | None = None
     every: int | None = None
     timeout: float = 600.0
     output: Path = Path("rehearsal")
+
+    @property
+    def signals(self) -> tuple[int, int]:
+        """How many SIGTERMs and SIGKILLs."""
+        usual = 3 if self.platform is None else 0
+        return (
+            usual if self.sigterm is None else self.sigterm,
+            usual if self.sigkill is None else self.sigkill,
+        )
 
 
 class Observer(Protocol):
@@ -87,13 +108,16 @@ def rehearse(
         )
     if options.every is not None and options.every < 1:
         raise ConfigError(f"every={options.every}: at least 1 step between saves")
-    check_counts(options.sigterm, options.sigkill)
-    _prepare(options.output)
-    with (
-        tempfile.TemporaryDirectory(prefix="spotguard-rehearsal-") as folder,
-        contextlib.closing(Gatekeeper(Path(folder, "gate"))) as gate,
-    ):
-        report = _Rehearsal(tuple(command), options, observer, Path(folder), gate).perform()
+    check_counts(*options.signals, 0 if options.platform is None else 1)
+    with tempfile.TemporaryDirectory(prefix="spotguard-rehearsal-") as folder:
+        nothing = Path(folder, "firmware")
+        nothing.mkdir()
+        with (
+            Site(options.platform, options.grace_s, nothing) as site,
+            contextlib.closing(Gatekeeper(Path(folder, "gate"))) as gate,
+        ):
+            _prepare(options.output)
+            report = _Rehearsal(tuple(command), options, observer, Path(folder), gate, site).perform()
     (options.output / "report.json").write_text(report.to_json() + "\n", encoding="utf-8")
     write_page(report, options.output / "report.html")
     return report
@@ -107,8 +131,11 @@ class _Rehearsal:
         observer: Observer | None,
         folder: Path,
         gate: Gatekeeper,
+        site: Site,
     ) -> None:
-        self._command, self._options, self._observer, self._gate = command, options, observer, gate
+        self._command, self._options, self._observer = command, options, observer
+        self._gate, self._site = gate, site
+        self._exits: dict[Path, int] = {}
         self._untouched_store, self._interrupted_store = folder / "untouched", folder / "interrupted"
 
     def perform(self) -> Report:
@@ -116,8 +143,18 @@ class _Rehearsal:
         seed = options.seed if options.seed is not None else random.SystemRandom().randrange(1_000_000)
         untouched = self._leave_alone()
         members = [shard.name for shard in final_checkpoint(self._untouched_store).manifest.shards]
+        train_s = untouched.spent.training + untouched.spent.stall
+        least_s = LEAST_GRACES.get(options.platform or "", 1.0)
+        check_room(self._site.scenarios, train_s=train_s, grace_s=self._site.grace_s, least_s=least_s)
+        sigterm, sigkill = options.signals
         plan = plan_interruptions(
-            untouched.last_step, seed=seed, sigterm=options.sigterm, sigkill=options.sigkill, shards=members
+            untouched.last_step,
+            seed=seed,
+            sigterm=sigterm,
+            sigkill=sigkill,
+            shards=members,
+            scenarios=self._site.scenarios,
+            steps_per_s=untouched.last_step / train_s,
         )
         every = save_interval(untouched.last_step, options.every)
         self._tell(lambda observer: observer.planned(plan, seed=seed, total_steps=untouched.last_step))
@@ -126,7 +163,7 @@ class _Rehearsal:
         compared: tuple[Compared, ...] = ()
         if interrupted[-1].finished:
             problem, compared = self._compare(untouched, interrupted)
-        verdict, reasons, notes = judge(untouched, interrupted, plan, compared)
+        verdict, reasons, notes = judge(untouched, interrupted, plan, compared, layer=self._site.layer)
         if problem is not None:
             verdict, reasons = "unsafe", (*reasons, problem)
         return Report(
@@ -141,6 +178,9 @@ class _Rehearsal:
             plan=plan,
             members=compared,
             output=options.output,
+            platform=options.platform,
+            grace_s=None if options.platform is None else self._site.grace_s,
+            slow_store=options.slow_store,
         )
 
     def _leave_alone(self) -> Start:
@@ -177,12 +217,11 @@ class _Rehearsal:
                 began,
                 self._interrupted_store,
                 every=every,
-                due=pending[0] if pending else None,
+                pending=pending,
                 like=untouched,
             )
             starts.append(start)
-            if start.interruption is not None:
-                pending.pop(0)
+            del pending[: len(start.strikes)]
             if not start.left_as_planned or HOPELESS & set(unlike_generators(untouched, starts)):
                 return account(starts)
 
@@ -194,49 +233,61 @@ class _Rehearsal:
         store: Path,
         *,
         every: int | None,
-        due: Interruption | None = None,
+        pending: Sequence[Interruption] = (),
         like: Start | None = None,
     ) -> Start:
+        slow = self._options.slow_store
+        welcome = {"uri": str(store), "every": every, "slow": slow and dataclasses.asdict(slow)}
         recorder = Recorder(number, time.monotonic() - began)
-        holds = 0
-
-        def decide(message: Message) -> Answer:
-            nonlocal holds
-            now = time.monotonic() - began
-            if due is not None and not recorder.struck and due.strikes(message):
-                if message["at"] == "boundary":
-                    recorder.heard(message, now)
-                recorder.strike(due, message, now)
-                if due.kind == "SIGKILL":
-                    return Answer(reply=None, signal=signal.SIGKILL)
-                return Answer(signal=signal.SIGTERM, hold=_HOLD)
-            recorder.heard(message, now)
-            if message["at"] == "hello":
-                return Answer({"uri": str(store), "every": every})
-            if message["at"] == "fresh" and like is not None and HOPELESS & set(_unlike(message, like)):
-                return Answer(reply=None, signal=signal.SIGKILL)  # the comparison would mean nothing: spare the time
-            if message["at"] == "boundary":
-                self._tell(lambda observer: observer.stepped(recorder.step))
-                if recorder.struck and holds < _HOLDS:
-                    holds += 1
-                    return Answer(hold=_HOLD)
-            return Answer()
-
+        scene = Scene(
+            recorder,
+            self._site,
+            began,
+            pending=pending,
+            welcome=welcome,
+            like=like,
+            on_step=lambda step: self._tell(lambda observer: observer.stepped(step)),
+        )
         title = (
             "untouched"
             if run == "untouched"
-            else f"start {number}: " + (f"{due.kind} due at step {due.step}" if due is not None else "to the end")
+            else f"start {number}: " + (f"{pending[0].kind} due at step {pending[0].step}" if pending else "to the end")
         )
         self._tell(lambda observer: observer.started(title))
+        self._site.refresh()
         log = f"{run}-{number:02d}.log"
         end = self._gate.run(
-            self._command, log=self._options.output / log, timeout=self._options.timeout, decide=decide
+            self._command,
+            environment=self._site.environment,
+            log=self._options.output / log,
+            timeout=self._options.timeout,
+            director=scene,
         )
+        if self._options.platform == "torchrun" and end.itself:
+            raise ConfigError(
+                f"with --platform torchrun write the command as you start it, torchrun and all: {self._command[0]} runs the training itself"
+            )
         start = recorder.result(
-            ended=time.monotonic() - began, exit_code=end.exit_code, timed_out=end.timed_out, log=log
+            ended=time.monotonic() - began,
+            exit_code=end.exit_code,
+            timed_out=end.timed_out,
+            log=log,
+            heard_at=None if self._site.heard_at is None else self._site.heard_at - began,
+            exit_state=self._exit_state(store),
         )
         self._tell(lambda observer: observer.ended(start))
         return start
+
+    def _exit_state(self, store: Path) -> str | None:
+        """What the run says itself of this start, where the exit status does not tell."""
+        if self._options.platform != "torchrun":
+            return None
+        try:
+            record = ExitRecord.from_bytes(read_object(LocalObjectStore(store), EXIT), key=EXIT)
+        except (SpotguardError, OSError):
+            return "unknown"
+        known, self._exits[store] = self._exits.get(store), record.attempt
+        return "unknown" if known == record.attempt else record.state  # that of an older start says nothing
 
     def _compare(self, untouched: Start, interrupted: tuple[Start, ...]) -> tuple[str | None, tuple[Compared, ...]]:
         fresh = untouched.fresh or {}
@@ -250,11 +301,6 @@ class _Rehearsal:
     def _tell(self, what: Callable[[Observer], None]) -> None:
         if self._observer is not None:
             what(self._observer)
-
-
-def _unlike(message: Message, like: Start) -> set[str]:
-    ours, theirs = like.fresh or {}, message["rng"]
-    return {name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name)}
 
 
 def _prepare(output: Path) -> None:

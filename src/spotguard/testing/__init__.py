@@ -1,8 +1,6 @@
-"""Contract suites: what every implementation of a protocol of ours has to pass, for third parties too. Needs pytest.
+"""For suites of your own: contract suites, `FaultProxy`, and the metadata services of the clouds.
 
-And `FaultProxy`, which makes the trouble of networks and services between a client and its object store.
-
-::
+- What every implementation of a protocol of ours has to pass, for third parties too. Needs pytest::
 
     from spotguard.testing import ObjectStoreContract
 
@@ -10,34 +8,51 @@ And `FaultProxy`, which makes the trouble of networks and services between a cli
         @pytest.fixture
         def store(self) -> MyStore:
             return MyStore(...)
+
+- `FaultProxy` makes the trouble of networks and services between a client and its object store.
+- `FakeAws`, `FakeGoogle` and `FakeAzure` tell of interruptions, over HTTP on loopback, as the clouds do::
+
+    with FakeAws() as aws:
+        process = subprocess.Popen([sys.executable, "train.py"], env={**os.environ, **aws.environment})
+        aws.interrupt("terminate", in_s=20)
+
+Names are bound when they are first used, so that only the contract suites load pytest.
 """
 
-import pytest
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
 
-pytest.register_assert_rewrite("spotguard.testing.object_store")
+if TYPE_CHECKING:
+    from spotguard.testing.metadata import FakeAws, FakeAzure, FakeGoogle
+    from spotguard.testing.object_store import ObjectStoreContract
+    from spotguard.testing.proxy import (
+        Call,
+        DropHeader,
+        Fault,
+        FaultProxy,
+        Flip,
+        Latency,
+        LostResponse,
+        Request,
+        Reset,
+        Stall,
+        Status,
+        Truncate,
+        each,
+        matching,
+        nth,
+    )
 
-from spotguard.testing.object_store import ObjectStoreContract  # noqa: E402 - the line above must come first
-from spotguard.testing.proxy import (  # noqa: E402
-    Call,
-    DropHeader,
-    Fault,
-    FaultProxy,
-    Flip,
-    Latency,
-    LostResponse,
-    Request,
-    Reset,
-    Stall,
-    Status,
-    Truncate,
-    each,
-    matching,
-    nth,
-)
+if "pytest" in sys.modules:  # before the suite is imported, in whatever way
+    sys.modules["pytest"].register_assert_rewrite("spotguard.testing.object_store")
 
 __all__ = [
     "Call",
     "DropHeader",
+    "FakeAws",
+    "FakeAzure",
+    "FakeGoogle",
     "Fault",
     "FaultProxy",
     "Flip",
@@ -53,3 +68,16 @@ __all__ = [
     "matching",
     "nth",
 ]
+
+_HOME = {
+    **dict.fromkeys(["FakeAws", "FakeAzure", "FakeGoogle"], "metadata"),
+    "ObjectStoreContract": "object_store",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        value = getattr(importlib.import_module(f"spotguard.testing.{_HOME.get(name, 'proxy')}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'spotguard.testing' has no attribute {name!r}")

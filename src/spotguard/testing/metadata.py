@@ -7,135 +7,18 @@ import datetime as dt
 import email.utils
 import json
 import secrets
-import threading
 import time
-import urllib.parse
 from collections import deque
-from collections.abc import Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
-if TYPE_CHECKING:
-    from types import TracebackType
+from spotguard.testing._service import Exchange, Reply, Request, Service
 
-    from typing_extensions import Self
+__all__ = ["Exchange", "FakeAws", "FakeAzure", "FakeGoogle", "Reply", "Request"]
 
-__all__ = ["FakeAws", "FakeAzure", "FakeGoogle", "Reply", "Request"]
+_GOOGLE = {"Metadata-Flavor": "Google"}
 
 
-class Request(NamedTuple):
-    """What was asked."""
-
-    method: str
-    path: str
-    query: dict[str, list[str]]
-    headers: Mapping[str, str]
-    body: bytes
-
-
-class Reply(NamedTuple):
-    """What is answered."""
-
-    status: int
-    text: str = ""
-    headers: Mapping[str, str] = {}
-
-
-class _Fake:
-    """A server on loopback, in a thread of its own."""
-
-    def __init__(self) -> None:
-        self.requests: list[Request] = []
-        self._lock = threading.RLock()
-        self._changed = threading.Condition(self._lock)
-        self._failing: deque[Reply] = deque()
-        self._closed = False
-        fake = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def answer(self) -> None:
-                parts = urllib.parse.urlsplit(self.path)
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                headers = {name.lower(): value for name, value in self.headers.items()}
-                query = urllib.parse.parse_qs(parts.query)
-                reply = fake._reply(Request(self.command, parts.path, query, headers, body))
-                data = reply.text.encode()
-                self.send_response(reply.status)
-                for name, value in reply.headers.items():
-                    self.send_header(name, value)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            do_GET = do_PUT = do_POST = do_HEAD = answer  # noqa: N815 - names that http.server wants
-
-            def log_message(self, *_: Any) -> None:
-                """Say nothing."""
-
-        class Server(ThreadingHTTPServer):
-            daemon_threads = True
-
-            def handle_error(self, *_: Any) -> None:
-                """A client that has hung up is not our trouble."""
-
-        self._server = Server(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
-
-    @property
-    def address(self) -> str:
-        """Host and port."""
-        return f"127.0.0.1:{self._server.server_address[1]}"
-
-    @property
-    def endpoint(self) -> str:
-        """Base of its URLs."""
-        return f"http://{self.address}"
-
-    def fail_next(self, status: int, times: int = 1, text: str = "", headers: Mapping[str, str] | None = None) -> None:
-        """Answer the next requests with this, whatever they ask for."""
-        with self._lock:
-            self._failing.extend(Reply(status, text, headers or {}) for _ in range(times))
-
-    def wait_for(self, count: int, path: str = "", timeout: float = 10.0) -> None:
-        """Wait until so many requests, whose path has that in it, have come in all.
-
-        Raises:
-            TimeoutError: They have not.
-        """
-        with self._changed:
-            if not self._changed.wait_for(lambda: sum(path in one.path for one in self.requests) >= count, timeout):
-                raise TimeoutError(f"{count} requests for {path!r} did not come within {timeout:g} s")
-
-    def __enter__(self) -> "Self":
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: "TracebackType | None"
-    ) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
-
-    def _reply(self, request: Request) -> Reply:
-        with self._changed:
-            self.requests.append(request)
-            self._changed.notify_all()
-            if self._failing:
-                return self._failing.popleft()
-        return self.answer(request)
-
-    def answer(self, request: Request) -> Reply:
-        """What this service answers."""
-        raise NotImplementedError
-
-
-class FakeAws(_Fake):
+class FakeAws(Service):
     """The instance metadata service of EC2.
 
     Args:
@@ -158,8 +41,10 @@ class FakeAws(_Fake):
             "instance-life-cycle": "spot",
             "instance-type": "g5.xlarge",
             "placement/availability-zone": "us-east-1a",
+            "placement/region": "us-east-1",
             "autoscaling/target-lifecycle-state": "InService",
             "events/maintenance/scheduled": "[]",
+            "events/maintenance/history": "[]",
         }
         self.lifetime_s: int | None = None
         self._tokens: dict[str, float] = {}
@@ -170,8 +55,13 @@ class FakeAws(_Fake):
         return {"AWS_EC2_METADATA_SERVICE_ENDPOINT": self.endpoint, "AWS_EC2_METADATA_DISABLED": "false"}
 
     def interrupt(self, action: str = "terminate", in_s: float = 120.0) -> None:
-        """Announce that the instance is interrupted."""
-        self.items["spot/instance-action"] = json.dumps({"action": action, "time": _iso(in_s)})
+        """Announce that the instance is interrupted.
+
+        The older item, ``spot/termination-time``, says the same; EC2 may have something there that is no time. Write that to `items`.
+        """
+        instant = _iso(in_s)
+        self.items["spot/instance-action"] = json.dumps({"action": action, "time": instant})
+        self.items["spot/termination-time"] = instant
 
     def rebalance(self) -> None:
         """Recommend to go elsewhere."""
@@ -191,7 +81,7 @@ class FakeAws(_Fake):
 
     def clear(self) -> None:
         """Nothing is planned."""
-        for name in ("spot/instance-action", "events/recommendations/rebalance"):
+        for name in ("spot/instance-action", "spot/termination-time", "events/recommendations/rebalance"):
             self.items.pop(name, None)
         self.items |= {"events/maintenance/scheduled": "[]", "autoscaling/target-lifecycle-state": "InService"}
 
@@ -200,11 +90,13 @@ class FakeAws(_Fake):
         self._tokens.clear()
 
     def answer(self, request: Request) -> Reply:
-        """See `_Fake`."""
+        """See `Service`."""
         if self.off:
             return Reply(403)
         if request.method == "PUT":
             return self._give_token(request)
+        if request.method not in ("GET", "HEAD"):
+            return Reply(405)
         token = request.headers.get("x-aws-ec2-metadata-token")
         if self._tokens.get(token or "", 0) < time.monotonic() and (token is not None or self.v2_only):
             return Reply(401)
@@ -225,7 +117,7 @@ class FakeAws(_Fake):
         return Reply(200, token, {"X-aws-ec2-metadata-token-ttl-seconds": str(seconds)})
 
 
-class FakeGoogle(_Fake):
+class FakeGoogle(Service):
     """The metadata server of Compute Engine.
 
     Args:
@@ -247,6 +139,9 @@ class FakeGoogle(_Fake):
             "maintenance-event": "NONE",
             "zone": "projects/123456/zones/europe-west1-b",
             "machine-type": "projects/123456/machineTypes/n2-standard-4",
+            "scheduling/preemptible": "TRUE",
+            "scheduling/provisioning-model": "SPOT",
+            "scheduling/on-host-maintenance": "TERMINATE",
         }
 
     @property
@@ -276,27 +171,47 @@ class FakeGoogle(_Fake):
             self._changed.notify_all()
 
     def answer(self, request: Request) -> Reply:
-        """See `_Fake`."""
+        """See `Service`."""
         if request.headers.get("metadata-flavor") != "Google" or "x-forwarded-for" in request.headers:
             return Reply(403)
         name, query = request.path.removeprefix("/computeMetadata/v1/instance/"), request.query
+        waits, recursive = (query.get(key) == ["true"] for key in ("wait_for_change", "recursive"))
         with self._changed:
-            if name not in self.items:
-                return Reply(404, headers={"Metadata-Flavor": "Google"})
-            if query.get("wait_for_change") == ["true"]:
-                seen = query.get("last_etag", [_etag(self.items[name])])[0]
-                limit = query.get("timeout_sec")
+            if waits and not recursive and name not in self.items and self._value(name) is not None:
+                return Reply(400, headers=_GOOGLE)  # a directory
+            value = self._value(name, recursive)
+            if waits and value is not None:
+                seen, limit = query.get("last_etag", [_etag(value)])[0], query.get("timeout_sec")
                 self._changed.wait_for(
-                    lambda: self._closed or name not in self.items or _etag(self.items[name]) != seen,
+                    lambda: self._closed or _etag(self._value(name, recursive)) != seen,
                     None if limit is None else float(limit[0]) * self._second_s,
                 )
-            value = self.items.get(name)
+                value = self._value(name, recursive)
         if value is None:
-            return Reply(404, headers={"Metadata-Flavor": "Google"})
-        return Reply(200, value + "\n", {"Metadata-Flavor": "Google", "ETag": _etag(value)})
+            return Reply(404, headers=_GOOGLE)
+        return Reply(200, value + "\n", {**_GOOGLE, "ETag": _etag(value)})
+
+    def _value(self, name: str, recursive: bool = False) -> str | None:  # noqa: FBT001, FBT002 - as in the query
+        """Of a key; of a directory the names in it, or everything as JSON."""
+        if name in self.items:
+            return self.items[name]
+        folder = f"{name.rstrip('/')}/".lstrip("/")
+        below = {key.removeprefix(folder): value for key, value in self.items.items() if key.startswith(folder)}
+        if not below:
+            return None
+        if not recursive:
+            return "\n".join(sorted({key if "/" not in key else key[: key.index("/") + 1] for key in below}))
+        tree: dict[str, Any] = {}
+        for key, value in below.items():
+            *folders, last = [_camel(part) for part in key.split("/")]
+            branch = tree
+            for part in folders:
+                branch = branch.setdefault(part, {})
+            branch[last] = value
+        return json.dumps(tree)
 
 
-class FakeAzure(_Fake):
+class FakeAzure(Service):
     """Scheduled Events of Azure.
 
     Args:
@@ -304,18 +219,33 @@ class FakeAzure(_Fake):
         first_s: How long the first request takes, which switches the service on.
         limit: Requests that are answered in a second.
 
+    Attributes:
+        approved: Events that were asked to begin at once, in the order of the requests.
+
     Example:
+        >>> from spotguard.notices import AzureSource
         >>> with FakeAzure() as azure:
         ...     event = azure.schedule("Preempt", in_s=30)
-        ...     azure.withdraw(event)
-        ...     azure.incarnation
-        2
+        ...     text = AzureSource(azure.endpoint).get("/metadata/scheduledevents?api-version=2020-07-01").text
+        >>> json.loads(text)["Events"][0]["EventType"]
+        'Preempt'
     """
 
     def __init__(self, *, name: str = "myspotvm", first_s: float = 0.0, limit: int = 5) -> None:
         super().__init__()
         self.name, self.first_s, self.limit = name, first_s, limit
         self.incarnation = 0
+        self.compute = {
+            "name": name,
+            "vmSize": "Standard_NC4as_T4_v3",
+            "location": "westeurope",
+            "zone": "1",
+            "priority": "Spot",
+            "evictionPolicy": "Deallocate",
+            "vmId": "02aab8a4-74ef-476e-8182-f6d2ba4166a6",
+            "resourceGroupName": "training",
+            "vmScaleSetName": "",
+        }
         self.events: dict[str, dict[str, Any]] = {}
         self.approved: list[str] = []
         self._asked: deque[float] = deque()
@@ -348,6 +278,7 @@ class FakeAzure(_Fake):
                 "NotBefore": email.utils.format_datetime(begin, usegmt=True) if text is None else text,
                 "Description": "",
                 "EventSource": "Platform",
+                "DurationInSeconds": 5 if event_type == "Freeze" else -1,
             }
         return event_id
 
@@ -370,7 +301,7 @@ class FakeAzure(_Fake):
             self.events.clear()
 
     def answer(self, request: Request) -> Reply:
-        """See `_Fake`."""
+        """See `Service`."""
         if request.headers.get("metadata") != "true" or "x-forwarded-for" in request.headers:
             return Reply(400)
         if any(len(values) > 1 for values in request.query.values()) or "api-version" not in request.query:
@@ -382,12 +313,14 @@ class FakeAzure(_Fake):
             if len(self._asked) >= self.limit:
                 return Reply(429)
             self._asked.append(now)
-        if request.path == "/metadata/instance/compute/name":
-            return Reply(200, self.name)
+        if request.path.startswith("/metadata/instance/compute"):
+            return self._describe(request)
         if request.path != "/metadata/scheduledevents":
             return Reply(404)
         if request.method == "POST":
             return self._approve(request.body)
+        if request.method != "GET":
+            return Reply(405)
         with self._changed:
             if not self._on:
                 self._changed.wait_for(lambda: self._closed, self.first_s)
@@ -395,12 +328,29 @@ class FakeAzure(_Fake):
             document = {"DocumentIncarnation": self.incarnation, "Events": list(self.events.values())}
         return Reply(200, json.dumps(document), {"Content-Type": "application/json"})
 
+    def _describe(self, request: Request) -> Reply:
+        if request.method != "GET":
+            return Reply(405)
+        name = request.path.removeprefix("/metadata/instance/compute").strip("/")
+        if not name:
+            return Reply(200, json.dumps(self.compute), {"Content-Type": "application/json"})
+        if name not in self.compute:
+            return Reply(404)
+        return Reply(200, self.compute[name]) if request.query.get("format") == ["text"] else Reply(400)
+
     def _approve(self, body: bytes) -> Reply:
+        """It begins at once; one that has begun already may be approved again."""
         try:
             wanted = [str(one["EventId"]) for one in json.loads(body)["StartRequests"]]
         except (ValueError, KeyError, TypeError):
             return Reply(400)
-        self.approved += wanted
+        with self._lock:
+            if not wanted or any(event_id not in self.events for event_id in wanted):
+                return Reply(400)
+            for event_id in wanted:
+                if self.events[event_id]["EventStatus"] == "Scheduled":
+                    self.start(event_id)
+            self.approved += wanted
         return Reply(200)
 
 
@@ -409,5 +359,11 @@ def _iso(in_s: float) -> str:
     return instant.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def _etag(value: str) -> str:
+def _etag(value: str | None) -> str:
     return f"{abs(hash(value)):016x}"
+
+
+def _camel(name: str) -> str:
+    """As names are written in JSON: ``maintenanceEvent``."""
+    first, *others = name.split("-")
+    return first + "".join(other.capitalize() for other in others)
