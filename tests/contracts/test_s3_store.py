@@ -120,6 +120,31 @@ def test_a_checkpoint_whose_manifest_was_deleted_comes_back(store: S3ObjectStore
         checkpoints.restore(lost.id)
 
 
+@pytest.mark.parametrize("later", [False, True], ids=["at once", "once its shared shard is in no other checkpoint"])
+def test_a_sweep_leaves_what_restore_brings_back(store: S3ObjectStore, *, later: bool) -> None:
+    """Somebody deletes the manifest of step 30; the next start saves step 35 and sweeps."""
+    frozen = {"backbone": {"weight": torch.arange(9.0)}}
+    checkpoints = CheckpointStore(store)
+    for step in (10, 20, 30):
+        lost = checkpoints.save(weights(float(step)) | frozen, step=step)
+    store.delete([ObjectRef(lost.manifest.id.manifest_key)])
+    again = CheckpointStore(at_uri_of(store))
+    again.save(weights(35.0) | frozen, step=35)
+    again.prune(1)
+    assert [(item.id, item.missing) for item in again.deleted()] == [(lost.id, "")]
+    if later:
+        last = CheckpointStore(at_uri_of(store))
+        last.save(weights(40.0) | {"backbone": {"weight": torch.zeros(9)}}, step=40)
+        last.prune(1)
+        assert [checkpoint.step for checkpoint in last.list()] == [40]
+    shown = {info.key for info in store.list("checkpoints/")}
+    assert lost.manifest.id.shard_key("model") not in shown  # and the rule of the bucket for old versions ends it
+    back = CheckpointStore(at_uri_of(store)).restore(lost.id)
+    assert {shard.key for shard in back.manifest.shards} <= {info.key for info in store.list("checkpoints/")}
+    assert back.load()["model"]["weight"][0] == 30.0
+    assert torch.equal(back.load()["backbone"]["weight"], torch.arange(9.0))
+
+
 def test_a_deleted_checkpoint_whose_shard_is_gone_for_good_stays_deleted(store: S3ObjectStore) -> None:
     checkpoints = CheckpointStore(store)
     lost = checkpoints.save(weights(1.0), step=10)

@@ -241,3 +241,28 @@ def test_a_store_without_versions_is_read_back_each_time() -> None:
     store = Counting()
     train(store, 10, 20, 30, 40, keep=1)
     assert store.readings == 3
+
+
+def test_what_was_deleted_by_hand_is_asked_for_once_in_an_attempt_and_again_where_there_is_a_reason() -> None:
+    class Versioned(Bucket):
+        def deleted(self, prefix: str) -> Iterator[ObjectInfo]:
+            self.requests["DELETED"] += 1
+            found = [(key, kept) for key, kept in sorted(self.versions.items()) if key.startswith(prefix)]
+            hidden = [(key, *kept[-2]) for key, kept in found if len(kept) > 1 and kept[-1][1] is None]
+            return iter([ObjectInfo(key, len(data), name) for key, name, data in hidden if data is not None])
+
+        def undelete(self, key: str) -> None:
+            raise NotImplementedError
+
+    store = Versioned()
+    train(store, *range(10, 80, 10))
+    assert store.requests["DELETED"] == 1
+
+    def delete(step: int) -> None:
+        if step == 90:
+            store.delete([ObjectRef(CheckpointId(2, 90).manifest_key)])
+
+    train(store, 80, 90, 100, 110, 120, between=delete)
+    assert store.requests["DELETED"] == 3
+    kept = [(step, len(store.versions[CheckpointId(2, step).shard_key("model")])) for step in (80, 90, 100, 110, 120)]
+    assert kept == [(80, 0), (90, 2), (100, 0), (110, 1), (120, 1)]

@@ -4,12 +4,18 @@ import dataclasses
 
 from spotguard.checkpoint import CheckpointId, Manifest
 from spotguard.checkpoint.layout import MANIFESTS, parse_manifest_key
-from spotguard.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError
+from spotguard.errors import (
+    CheckpointDamagedError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    ConfigError,
+    ObjectNotFoundError,
+)
 from spotguard.pipeline.checkpoint import Checkpoint, Progress, load_manifest
-from spotguard.pipeline.objects import retried
+from spotguard.pipeline.objects import retried, together
 from spotguard.stores import ObjectStore, VersionedStore
 
-__all__ = ["DeletedCheckpoint", "deleted_checkpoints", "restore_checkpoint"]
+__all__ = ["DeletedCheckpoint", "deleted_checkpoints", "deleted_manifests", "restore_checkpoint"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,21 +39,39 @@ def deleted_checkpoints(store: ObjectStore) -> list[DeletedCheckpoint]:
     Raises:
         ConfigError: The store does not keep what is deleted.
     """
-    versioned = _versioned(store)
-    found = []
-    for info in retried(lambda: list(versioned.deleted(MANIFESTS))):
-        if (identity := parse_manifest_key(info.key)) is not None:
-            try:
-                manifest = _read(store, identity, info.version)
-            except CheckpointDamagedError as error:
-                found.append(DeletedCheckpoint(str(identity), None, str(error)))
-            else:
-                found.append(DeletedCheckpoint(str(identity), manifest, _missing(store, manifest)))
-    return found
+    return [
+        DeletedCheckpoint(str(identity), manifest, _missing(store, manifest))
+        if isinstance(manifest, Manifest)
+        else DeletedCheckpoint(str(identity), None, str(manifest))
+        for identity, manifest in deleted_manifests(_versioned(store)).items()
+    ]
+
+
+def deleted_manifests(store: VersionedStore) -> dict[CheckpointId, Manifest | CheckpointError]:
+    """Manifests that somebody has deleted and the store keeps, in order. What retention deletes, it deletes for good.
+
+    Returns:
+        Each manifest, or what is wrong with it.
+    """
+    infos = retried(lambda: list(store.deleted(MANIFESTS)))
+    wanted = [(identity, info.version) for info in infos if (identity := parse_manifest_key(info.key)) is not None]
+
+    def read(item: tuple[CheckpointId, str | None]) -> Manifest | CheckpointError | None:
+        try:
+            return _read(store, *item)
+        except CheckpointError as error:
+            return error
+        except ObjectNotFoundError:
+            return None  # gone for good since it was listed
+
+    found = zip(sorted(wanted), together(read, sorted(wanted)), strict=True)
+    return {identity: manifest for (identity, _), manifest in found if manifest is not None}
 
 
 def restore_checkpoint(store: ObjectStore, identity: CheckpointId, progress: Progress | None = None) -> Checkpoint:
-    """Verify every shard of a deleted checkpoint, then make its manifest visible again.
+    """Verify every shard of a deleted checkpoint, then make the shards and, last, its manifest visible again.
+
+    The shards too: what stays out of sight is ended by the bucket's rule for old versions.
 
     Raises:
         CheckpointNotFoundError: It has not been deleted, or is not kept any more.
@@ -62,7 +86,8 @@ def restore_checkpoint(store: ObjectStore, identity: CheckpointId, progress: Pro
         )
     checkpoint = Checkpoint(store, _read(store, identity, kept[identity.manifest_key].version))
     checkpoint.verify(progress)
-    retried(lambda: versioned.undelete(identity.manifest_key))
+    for key in [*(shard.key for shard in checkpoint.manifest.shards), identity.manifest_key]:
+        retried(lambda key=key: versioned.undelete(key))  # type: ignore[misc]
     return Checkpoint(store, load_manifest(store, identity))
 
 

@@ -9,8 +9,10 @@ Claims, manifests and versions of shards never change: a process that sweeps aga
 
 import dataclasses
 import datetime as dt
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from spotguard._time import utc_now
 from spotguard.checkpoint import CheckpointId, Manifest
@@ -19,8 +21,9 @@ from spotguard.errors import CheckpointDamagedError, FormatTooNewError
 from spotguard.pipeline.checkpoint import ask_store, fetch_shard, load_manifest
 from spotguard.pipeline.history import History, lineage, list_claims, read_history
 from spotguard.pipeline.objects import retried, together
+from spotguard.pipeline.restore import deleted_manifests
 from spotguard.policies import RetentionPolicy
-from spotguard.stores import ObjectInfo, ObjectRef, ObjectStore
+from spotguard.stores import ObjectInfo, ObjectRef, ObjectStore, VersionedStore
 
 __all__ = ["Known", "SweepPlan", "plan_sweep", "sweep"]
 
@@ -35,11 +38,13 @@ class Known:
         history: Its last listing.
         manifests: Those that were read intact, or written.
         verified: Key and version of shards that were read and were whole; only where there are versions, which nothing can write over.
+        deleted: Manifests that somebody else deleted and the store keeps, None for one that cannot be read; None before it was asked.
     """
 
     history: History | None = None
     manifests: dict[CheckpointId, Manifest] = dataclasses.field(default_factory=dict)
     verified: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+    deleted: dict[CheckpointId, Manifest | None] | None = None
 
     def note_whole(self, manifest: Manifest) -> None:
         """Every shard of this checkpoint has been read, and was whole."""
@@ -48,8 +53,26 @@ class Known:
 
     def look(self, store: ObjectStore) -> History:
         """List the store, and read the claims that are new."""
+        before = self.history.manifests if self.history is not None else ()
         self.history = read_history(store, known=self.history)
+        if not set(before) <= set(self.history.manifests):
+            self.deleted = None  # somebody deletes
         return self.history
+
+    def forget(self, dropped: Sequence[CheckpointId]) -> None:
+        """We have deleted these manifests."""
+        if self.history is not None:
+            left = tuple(identity for identity in self.history.manifests if identity not in dropped)
+            self.history = dataclasses.replace(self.history, manifests=left)
+
+    def read_deleted(self, store: ObjectStore, *, anew: bool) -> Mapping[CheckpointId, Manifest | None]:
+        """Checkpoints that `restore` can bring back. The store is asked once, and again where there is a reason (`anew`)."""
+        if not isinstance(store, VersionedStore):
+            return {}
+        if self.deleted is None or anew:
+            found = deleted_manifests(store)
+            self.deleted = {key: value if isinstance(value, Manifest) else None for key, value in found.items()}
+        return self.deleted
 
     def read_manifests(self, store: ObjectStore, history: History) -> dict[CheckpointId, Manifest]:
         """Every manifest that is intact and of a format that is known."""
@@ -77,12 +100,15 @@ class SweepPlan:
         kept: Checkpoints that stay.
         hidden: Versions of shards that a dropped manifest names and a listing does not show: somebody has deleted them, and the store
             keeps them, and charges for them, all the same.
+        aside: Shards that no remaining manifest names, but one that somebody has deleted and can bring back. They are deleted without a
+            version: out of sight, and kept by the store as long as that manifest.
     """
 
     drop: tuple[CheckpointId, ...]
     objects: tuple[ObjectInfo, ...]
     kept: tuple[CheckpointId, ...]
     hidden: tuple[ObjectRef, ...] = ()
+    aside: tuple[ObjectRef, ...] = ()
 
     @property
     def size(self) -> int:
@@ -99,6 +125,7 @@ def plan_sweep(
     orphans_up_to: int,
     protect: frozenset[CheckpointId],
     now: dt.datetime,
+    deleted: Mapping[CheckpointId, Manifest | None] = MappingProxyType({}),
 ) -> SweepPlan:
     """Decide what goes. Pure.
 
@@ -110,6 +137,7 @@ def plan_sweep(
         orphans_up_to: Shards that no manifest names go only if they are of this attempt or an older one.
         protect: Stay in any case.
         now: For policies that go by age.
+        deleted: Manifests that somebody has deleted and can bring back; None for one that cannot be read, which may name any older shard.
     """
     line = [manifests[item] for item in sorted(history.lineage) if item in manifests]
     everything = [manifests[item] for item in sorted(manifests)]
@@ -129,10 +157,22 @@ def plan_sweep(
         for info in shards
         if not stays(info.key) and (info.key in dropped or (attempt_of_key(info.key) or 0) <= orphans_up_to)
     ]
+    restorable = {shard.key for manifest in deleted.values() if manifest for shard in manifest.shards}
+    unknown = [item for item, manifest in deleted.items() if manifest is None]
+
+    def comes_back(key: str) -> bool:
+        owner = parse_shard_key(key)
+        return key in restorable or (owner is not None and any(owner <= item for item in unknown))
+
     shown = {info.ref for info in objects}
     gone = [ObjectRef(key, version) for key, version in dropped.items() if version is not None and not stays(key)]
-    hidden = tuple(ref for ref in gone if ref not in shown)
-    return SweepPlan(drop, tuple(objects), tuple(item for item in history.manifests if item in keep), hidden)
+    return SweepPlan(
+        drop,
+        tuple(info for info in objects if not comes_back(info.key)),
+        tuple(item for item in history.manifests if item in keep),
+        tuple(ref for ref in gone if ref not in shown and not comes_back(ref.key)),
+        tuple(ObjectRef(info.key) for info in objects if comes_back(info.key)),
+    )
 
 
 def sweep(
@@ -175,7 +215,14 @@ def sweep(
     shards = retried(lambda: list(store.list(CHECKPOINTS)))
     # Until a newer one is committed, that is the one resumed from: by the next start, and by one that is under way now.
     safe = frozenset([*line[:1], *lineage(history.claims, history.manifests, history.newest_attempt)[:1]])
-    plan = plan_sweep(history, manifests, shards, policy, orphans_up_to=limit, protect=safe, now=utc_now())
+    make = functools.partial(
+        plan_sweep, history, manifests, shards, policy, orphans_up_to=limit, protect=safe, now=utc_now()
+    )
+    plan = make()
+    listed = [*(info.ref for info in shards), *history.refs.values()]
+    if (plan.objects or plan.hidden) and any(ref.version is not None for ref in listed):  # else nothing goes for good
+        ours = {shard.key for item in plan.drop for shard in manifests[item].shards}
+        plan = make(deleted=known.read_deleted(store, anew=any(info.key not in ours for info in plan.objects)))
     if plan.drop and line:
         try:
             _verify(store, line[0], known)
@@ -188,18 +235,19 @@ def sweep(
             ) from error
     if dry_run:
         return plan
-    anything = plan.drop or plan.objects or plan.hidden
+    anything = plan.drop or plan.objects or plan.hidden or plan.aside
     if not proceed() or (anything and _is_overtaken(store, history)):
         # Somebody has started, or rolls back, while the newest was read back: what they continue may be what was to go. Or a save of our
         # own has begun, and its shards, which no manifest names yet, may have been listed.
         return nothing
     if plan.drop:
         store.delete([history.refs.get(identity, ObjectRef(identity.manifest_key)) for identity in plan.drop])
+        known.forget(plan.drop)
         if _is_overtaken(store, history):
             # A rollback that has found its manifest before we deleted it commits these shards again; see `rollback`.
             return SweepPlan(plan.drop, (), plan.kept)
-    if plan.objects or plan.hidden:
-        store.delete([*(info.ref for info in plan.objects), *plan.hidden])
+    if plan.objects or plan.hidden or plan.aside:
+        store.delete([*(info.ref for info in plan.objects), *plan.hidden, *plan.aside])
     store.discard_partials(lambda key: proceed() and _is_stale(key, limit))
     return plan
 
