@@ -151,7 +151,7 @@ def test_a_deleted_checkpoint_whose_shard_is_gone_for_good_stays_deleted(store: 
     (shard,) = lost.manifest.shards
     store.delete([ObjectRef(lost.manifest.id.manifest_key), ObjectRef(shard.key, shard.version)])
     (found,) = checkpoints.deleted()
-    assert "model.pt is gone" in found.missing
+    assert "model.pt is missing" in found.missing
     with pytest.raises(CheckpointDamagedError, match="missing"):
         checkpoints.restore(lost.id)
     assert checkpoints.list() == []
@@ -238,6 +238,48 @@ def test_once_versions_are_turned_on_a_shard_from_before_is_named_by_version_or_
     assert found is not None
     assert found.step == 30
     assert torch.equal(found.load()["backbone"]["weight"], torch.arange(500.0))
+
+
+@pytest.mark.parametrize("bucket", ["versioned", "plain"])
+@pytest.mark.parametrize("server", ["seaweedfs", "moto"])
+def test_a_run_that_was_copied_is_read_by_key_proven_by_digest_and_goes_on(
+    server: str, bucket: str, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    which: S3Server = request.getfixturevalue(server)
+    preflight._said.add((which.plain, "versions"))
+    store, copy = store_at(which, which.versioned), store_at(which, getattr(which, bucket))
+    frozen = {"backbone": {"weight": torch.arange(500.0)}}
+    for step in (10, 20):
+        CheckpointStore(store).save(weights(float(step)) | frozen, step=step)
+    for info in list(store.list("")):  # what 'aws s3 cp --recursive' does
+        put(copy, info.key, get(store, info.key))
+    found = CheckpointStore(at_uri_of(copy)).latest()
+    assert found is not None
+    assert found.step == 20
+    overlooks = (server, bucket) == ("seaweedfs", "plain")  # there, a version that is asked for is passed over
+    assert caplog.text.count("was copied here, it seems") == (0 if overlooks else 1)
+    checkpoints = CheckpointStore(at_uri_of(copy))
+    new = checkpoints.save(weights(30.0) | frozen, step=30)
+    for shard in new.manifest.shards:
+        assert overlooks or (shard.version is not None) == (bucket == "versioned")
+        assert copy.stat(shard.key, version=shard.version) is not None
+    checkpoints.prune(1)
+    found = CheckpointStore(at_uri_of(copy)).latest()
+    assert found is not None
+    assert torch.equal(found.load()["backbone"]["weight"], torch.arange(500.0))
+
+
+def test_what_has_come_in_the_place_of_a_version_that_is_gone_is_not_taken_for_it(store: S3ObjectStore) -> None:
+    checkpoints = CheckpointStore(store)
+    checkpoints.save(weights(1.0), step=10)
+    (shard,) = checkpoints.save(weights(2.0), step=20).manifest.shards
+    put(store, shard.key, get(store, shard.key)[:-1] + b"?")
+    store.delete([ObjectRef(shard.key, shard.version)])
+    resolution = CheckpointStore(at_uri_of(store)).resolve()
+    (rejected,) = resolution.rejected
+    assert f"version {shard.version} is not there" in rejected.reason
+    assert resolution.checkpoint is not None
+    assert resolution.checkpoint.step == 10
 
 
 # -- integrity --------------------------------------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ from spotguard.errors import CheckpointDamagedError, ObjectNotFoundError, StoreE
 from spotguard.pipeline.objects import Tally, changing_bytes, read_record, retried
 from spotguard.stores import ObjectStore, Progress
 
-__all__ = ["Checkpoint", "Progress", "ask_store", "fetch_shard", "load_manifest"]
+__all__ = ["Checkpoint", "Progress", "ask_store", "fetch_shard", "find_shard", "load_manifest"]
 
 logger = logging.getLogger(__name__)
 
 _WINDOW = 128 << 20  # of a shard that is read to be verified, and not kept
+_copied: set[str] = set()  # runs of which it has been said that they were copied
 _MAPPED = 4 << 20  # from here on memory comes in pages of its own
 
 
@@ -62,8 +63,7 @@ class Checkpoint:
         Raises:
             CheckpointDamagedError: Names the shard and what is wrong with it.
         """
-        for shard in self.manifest.shards:
-            fetch_shard(self.store, shard, progress=progress, keep=False)
+        self.read(progress, keep=False)
 
     def load(
         self, progress: Progress | None = None, *, take: Callable[[ShardRecord, memoryview], None] | None = None
@@ -80,21 +80,48 @@ class Checkpoint:
         Raises:
             CheckpointDamagedError: A shard is missing, has another size or another digest.
         """
-        from spotguard.state.codec import decode  # torch is loaded here, and not to list or verify checkpoints
+        return self.read(progress, keep=True, take=take)[1]
 
-        tree = {}
+    def read(
+        self,
+        progress: Progress | None = None,
+        *,
+        keep: bool,
+        take: Callable[[ShardRecord, memoryview], None] | None = None,
+    ) -> tuple["Checkpoint", dict[str, Any]]:
+        """As `load`, or without `keep` as `verify`; also tells what was found.
+
+        Returns:
+            This checkpoint without the versions that are not there, and the members.
+        """
+        tree, found = dict[str, Any](), list[ShardRecord]()
         for shard in self.manifest.shards:
-            data = fetch_shard(self.store, shard, progress=progress)
+            record, data = find_shard(self.store, shard, progress=progress, keep=keep)
+            found.append(record)
+            if not keep:
+                continue
+            from spotguard.state.codec import decode  # torch is loaded here, and not to list or verify checkpoints
+
             if take is not None:
                 take(shard, data)
             tree[shard.name] = decode(data, key=f"{self.store.uri}/{shard.key}")
-        return tree
+        return Checkpoint(self.store, self.manifest.model_copy(update={"shards": tuple(found)})), tree
 
 
 def fetch_shard(
     store: ObjectStore, shard: ShardRecord, *, progress: Progress | None = None, keep: bool = True
 ) -> memoryview:
+    """The bytes of a shard; see `find_shard`."""
+    return find_shard(store, shard, progress=progress, keep=keep)[1]
+
+
+def find_shard(
+    store: ObjectStore, shard: ShardRecord, *, progress: Progress | None = None, keep: bool = True
+) -> tuple[ShardRecord, memoryview]:
     """Read a shard and prove that it is the one that was committed.
+
+    The version that the manifest names is read. Where that is not there, as in a run that was copied to another place, what is there now is
+    read: size and digest prove that it is the same.
 
     Args:
         store: Where it is.
@@ -103,36 +130,56 @@ def fetch_shard(
         keep: Whether to keep the bytes; without, memory for a window of them is enough.
 
     Returns:
-        The bytes; empty without `keep`.
+        The shard, without a version if the one that it names is not there; and the bytes, empty without `keep`.
 
     Raises:
         CheckpointDamagedError: It is missing, has another size, or two readings agree on another digest.
         StoreError: Each reading gave other bytes: the way here is at fault, and that proves nothing of the shard.
     """
-    where = f"{store.uri}/{shard.key}"
+    where, wanted = f"{store.uri}/{shard.key}", shard
 
     if not shard.digest.startswith("crc64nvme:"):
         raise CheckpointDamagedError(f"{where}: digest {shard.digest.partition(':')[0]!r} is not known to this release")
     tally, seen = Tally(progress), list[str]()
-    for _ in range(3):
+    while len(seen) < 3:
         try:
-            data, found = retried(functools.partial(_read_shard, store, shard, tally, keep=keep))
+            data, found = retried(functools.partial(_read_shard, store, wanted, where, tally, keep=keep))
         except ObjectNotFoundError as error:
-            raise CheckpointDamagedError(f"{where} is missing") from error
+            if wanted.version is None:
+                raise CheckpointDamagedError(f"{store.uri}/{shard.key} is missing") from error
+            wanted, where = _without_version(wanted, where)
+            continue
         if found == f"digest {shard.digest}":
             if seen:
                 logger.warning("%s came damaged at first (%s), and whole when it was read again", where, seen[0])
-            return data
+            if wanted is not shard:
+                _say_copied(store)
+            return wanted, data
         if seen == [found]:
             raise CheckpointDamagedError(f"{where} is damaged: {found}, the manifest says {shard.digest}")
         seen.append(found)
     raise StoreError(changing_bytes(where))
 
 
-def _read_shard(store: ObjectStore, shard: ShardRecord, tally: Tally, *, keep: bool) -> tuple[memoryview, str]:
+def _without_version(shard: ShardRecord, where: str) -> tuple[ShardRecord, str]:
+    """The shard as it stands now, and how to call that in a message."""
+    return shard.model_copy(update={"version": None}), f"{where} (version {shard.version} is not there, this one is)"
+
+
+def _say_copied(store: ObjectStore) -> None:
+    if store.uri not in _copied:
+        _copied.add(store.uri)
+        logger.warning(
+            "%s was copied here, it seems: the versions that its manifests name are not there. Size and digest prove its shards",
+            store.uri,
+        )
+
+
+def _read_shard(
+    store: ObjectStore, shard: ShardRecord, where: str, tally: Tally, *, keep: bool
+) -> tuple[memoryview, str]:
     """One reading: the bytes, if they are to be kept and are right, and what they turned out to be."""
     tally.restart()
-    where = f"{store.uri}/{shard.key}"
     with store.open(shard.key, version=shard.version) as reader:
         if reader.size != shard.size:
             raise CheckpointDamagedError(f"{where} has {reader.size} bytes, the manifest says {shard.size}")
@@ -153,28 +200,32 @@ def _new_memory(size: int) -> memoryview:
     return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
-def ask_store(store: ObjectStore, shard: ShardRecord) -> bool:
+def ask_store(store: ObjectStore, shard: ShardRecord) -> tuple[ShardRecord, bool]:
     """Ask the store alone, without reading the shard.
 
     Returns:
-        Whether that is proof; False where the size is right and the store has not computed a digest of this kind.
+        The shard, without a version if the one that it names is not there; and whether the answer is proof: False where the size is right
+        and the store has not computed a digest of this kind.
 
     Raises:
         CheckpointDamagedError: It is missing, has another size or another digest.
     """
-    where = f"{store.uri}/{shard.key}"
+    where, found = f"{store.uri}/{shard.key}", shard
     info = retried(lambda: store.stat(shard.key, version=shard.version))
+    if info is None and shard.version is not None:
+        found, where = _without_version(shard, where)
+        info = retried(lambda: store.stat(shard.key))
     if info is None:
-        raise CheckpointDamagedError(f"{where} is missing")
+        raise CheckpointDamagedError(f"{store.uri}/{shard.key} is missing")
     if info.size != shard.size:
         raise CheckpointDamagedError(f"{where} has {info.size} bytes, the manifest says {shard.size}")
     if info.digest is None or info.digest.partition(":")[0] != shard.digest.partition(":")[0]:
-        return False
+        return found, False
     if info.digest != shard.digest:
         raise CheckpointDamagedError(
             f"{where} is damaged: digest {info.digest} by the store's own account, the manifest says {shard.digest}"
         )
-    return True
+    return found, True
 
 
 def load_manifest(store: ObjectStore, identity: CheckpointId, *, run_id: str | None = None) -> Manifest:

@@ -145,12 +145,8 @@ def resolve_among(
         for store in [place.store for place in places if identity in place.holds]:
             try:
                 checkpoint = Checkpoint(store, load_manifest(store, identity, run_id=run_id))
-                if load:
-                    loaded = checkpoint.load(
-                        progress, take=None if take is None else functools.partial(take, checkpoint)
-                    )
-                else:
-                    checkpoint.verify(progress)
+                taking = None if take is None else functools.partial(take, checkpoint)
+                checkpoint, state = checkpoint.read(progress, keep=load, take=taking)
             except CheckpointDamagedError as error:
                 candidates.append(Candidate(str(identity), "rejected", str(error), store.uri))
             except StoreError as error:  # no proof of anything; perhaps another store has it
@@ -159,7 +155,7 @@ def resolve_among(
                 if len(places) > 1:
                     logger.warning("checkpoint %s cannot be read from %s: %s", identity, store.uri, error)
             else:
-                chosen = checkpoint
+                chosen, loaded = checkpoint, state if load else None
                 reason = "newest of the lineage that is committed and verified"
                 reason += f", read from {store.uri}" if len(places) > 1 else ""
                 candidates.append(Candidate(str(identity), "chosen", reason, store.uri))

@@ -11,7 +11,7 @@ from spotguard.errors import (
     ConfigError,
     ObjectNotFoundError,
 )
-from spotguard.pipeline.checkpoint import Checkpoint, Progress, load_manifest
+from spotguard.pipeline.checkpoint import Checkpoint, Progress, ask_store, load_manifest
 from spotguard.pipeline.objects import retried, together
 from spotguard.stores import ObjectStore, VersionedStore
 
@@ -109,8 +109,8 @@ def _read(store: ObjectStore, identity: CheckpointId, version: str | None) -> Ma
 
 
 def _missing(store: ObjectStore, manifest: Manifest) -> str:
-    for shard in manifest.shards:
-        info = retried(lambda shard=shard: store.stat(shard.key, version=shard.version))  # type: ignore[misc]
-        if info is None or info.size != shard.size:
-            return f"{store.uri}/{shard.key} is gone" if info is None else f"{store.uri}/{shard.key} has another size"
+    try:
+        together(lambda shard: ask_store(store, shard), manifest.shards)
+    except CheckpointDamagedError as error:
+        return str(error)
     return ""

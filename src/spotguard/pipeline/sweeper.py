@@ -260,11 +260,11 @@ def _is_overtaken(store: ObjectStore, history: History) -> bool:
 def _verify(store: ObjectStore, identity: CheckpointId, known: Known) -> None:
     """Make sure that a checkpoint is whole: by the store's own digests where it has any, else by reading it."""
     manifest = load_manifest(store, identity)
-    proofs = together(lambda shard: ask_store(store, shard), manifest.shards)
-    for shard, proven in zip(manifest.shards, proofs, strict=True):
+    answers = together(lambda shard: ask_store(store, shard), manifest.shards)
+    for shard, proven in answers:
         if not proven and (shard.key, shard.version) not in known.verified:
             fetch_shard(store, shard, keep=False)
-    known.note_whole(manifest)
+    known.note_whole(manifest.model_copy(update={"shards": tuple(shard for shard, _ in answers)}))
 
 
 def _is_stale(key: str, limit: int) -> bool:

@@ -229,8 +229,8 @@ class Tiers:
             elif tier.store.uri not in doubtful:
                 with contextlib.suppress(CheckpointDamagedError, StoreError):
                     manifest = load_manifest(tier.store, identity, run_id=chosen.manifest.run_id)
-                    together(lambda shard, store=tier.store: ask_store(store, shard), manifest.shards)  # type: ignore[misc]
-                    tier.last = manifest
+                    answers = together(lambda shard, store=tier.store: ask_store(store, shard), manifest.shards)  # type: ignore[misc]
+                    tier.last = manifest.model_copy(update={"shards": tuple(shard for shard, _ in answers)})
         line = history.lineage
         for older in line[line.index(identity) :]:
             for tier in [tier for tier in self._reachable() if tier.surviving and tier.holds(older)]:

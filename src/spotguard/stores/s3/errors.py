@@ -189,6 +189,10 @@ def _from_server(error: Any, operation: str, where: str, params: dict[str, Any])
         return ObjectNotFoundError(
             f"{where} does not exist ({code})" if code == "NoSuchUpload" else f"{where} does not exist"
         )
+    if params.get("VersionId") and code in ("InvalidArgument", "NoSuchVersion", "400"):
+        return ObjectNotFoundError(
+            f"{where} does not exist in version {params['VersionId']}"
+        )  # an id of another bucket
     if code in _FULL or status == 507:
         return StoreError(
             f"{where}: the server has no room ({said}); free space or keep fewer checkpoints ('spotguard prune')"
