@@ -1,6 +1,7 @@
 """What becomes of a run with Lightning: stopped, finished, begun again, gone wrong. Each start is a process of its own."""
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -458,3 +459,17 @@ def test_a_class_that_is_declared_safe_passes_among_the_hyperparameters(tmp_path
         left = child(tmp_path, functools.partial(work, epochs=epochs))
         assert left.status == 0, left.said
     assert steps(tmp_path) == [4, 8]
+
+
+def test_a_failed_fit_says_that_it_has_failed(tmp_path: Path) -> None:
+    def work(told: Told) -> None:
+        def fail() -> None:
+            raise ValueError("the loss is NaN")
+
+        with pytest.raises(ValueError, match="NaN"):
+            fit(tmp_path, at("on_train_batch_end", fail, 2))
+        word = json.loads((tmp_path / "run/exit.json").read_bytes())
+        told["word"] = [word["state"], word["detail"]]
+
+    left = child(tmp_path, work)
+    assert left.told == {"word": ["failed", "ValueError: the loss is NaN"]}, left.said

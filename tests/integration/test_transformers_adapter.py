@@ -167,6 +167,15 @@ def test_an_error_in_the_training_puts_everything_back(tmp_path: Path) -> None:
     assert "_load_from_checkpoint" not in vars(trainer)
 
 
+def test_a_failed_training_says_that_it_has_failed(tmp_path: Path) -> None:
+    guard = SpotGuardTrainerCallback(tmp_path / "run", every=10**9)
+    trainer = make_trainer(tmp_path, guard, At(3, fail))
+    with pytest.raises(RuntimeError, match="the disk is purple"):
+        trainer.train(resume_from_checkpoint=guard.resume_path())
+    word = json.loads((tmp_path / "run/exit.json").read_bytes())
+    assert (word["state"], word["detail"]) == ("failed", "RuntimeError: the disk is purple")
+
+
 @pytest.mark.parametrize("name", ["ignore_data_skip", "auto_find_batch_size", "enable_jit_checkpoint"])
 def test_an_argument_that_would_break_the_promise_is_refused_by_name(tmp_path: Path, name: str) -> None:
     trainer = make_trainer(tmp_path, SpotGuardTrainerCallback(tmp_path / "run"))

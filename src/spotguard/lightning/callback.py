@@ -204,6 +204,10 @@ class SpotGuardCallback(Callback):  # type: ignore[misc]
             yield
             fit.end()
             whole = True
+        except BaseException as error:
+            if session.stopped is None:
+                session.failed(error)
+            raise
         finally:
             fit.close(drain=not whole)
 

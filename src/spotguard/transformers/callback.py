@@ -175,7 +175,9 @@ class SpotGuardTrainerCallback(TrainerCallback):  # type: ignore[misc]
                 if folder is not None:
                     bound.arguments["resume_from_checkpoint"] = folder
                 result = inner(*bound.args, **bound.kwargs)
-        except BaseException:
+        except BaseException as error:
+            if self._session is not None and self._session.stopped is None:
+                self._session.failed(error)
             # In an exception the loop may be anywhere inside a step: live state is not saved.
             self._close(drain=True)
             raise
