@@ -5,10 +5,12 @@ import secrets
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from servers import S3Server
-from spotguard import CheckpointStore
+from spotguard import CheckpointStore, SpotGuard, TrainState
+from spotguard.checkpoint import CheckpointId
 from spotguard.cli.app import app
 from spotguard.errors import CheckpointNotFoundError, ConfigError
 from spotguard.stores import ObjectRef, open_store
@@ -58,6 +60,11 @@ def test_a_deleted_checkpoint_is_listed_and_comes_back(run: str) -> None:
     (found,) = call_json("ls", run, "--deleted")
     assert (found["checkpoint"], found["restorable"]) == ("0001-0000000300", True)
     assert "can be restored" in call("ls", run, "--deleted")
+    explained = call_json("resolve", run, "--explain")
+    verdicts = [(item["id"][-3:], item["verdict"]) for item in explained["candidates"]]
+    assert verdicts == [("300", "deleted"), ("200", "chosen"), ("100", "older")]
+    assert f"'spotguard restore {run} 0001-0000000300' brings it back" in call("resolve", run, "--explain")
+    assert "deleted" not in call("resolve", run)
     assert "is back" in call("restore", run, "0001-0000000300")
     assert [item["step"] for item in call_json("ls", run)] == [100, 200, 300]
     with pytest.raises(CheckpointNotFoundError):
@@ -74,6 +81,32 @@ def test_a_bucket_without_versions_has_nothing_to_bring_back_and_says_so(
     for command in (("ls", uri, "--deleted"), ("restore", uri, "0001-0000000100")):
         with pytest.raises(ConfigError, match="does not keep versions"):
             invoke(*command)
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_a_start_says_which_checkpoint_was_deleted_and_how_it_comes_back(
+    seaweedfs: S3Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *, everything: bool
+) -> None:
+    seaweedfs.use(monkeypatch)
+    uri = f"s3://{seaweedfs.versioned}/{secrets.token_hex(8)}"
+
+    def train(steps: int) -> str:
+        capfd.readouterr()
+        with SpotGuard(uri, TrainState(model=torch.nn.Linear(1, 1)), every=100, notices="none") as guard:
+            for _ in guard.steps(steps):
+                pass
+        return capfd.readouterr().err
+
+    for attempt, steps in ((1, 2), (2, 4)):
+        assert "restore" not in train(steps)
+        if everything or steps == 4:
+            open_store(uri).delete([ObjectRef(CheckpointId(attempt, steps).manifest_key)])
+        if everything:
+            break
+    said, lost = train(4), "0001-0000000002" if everything else "0002-0000000004"
+    assert said.count(f"checkpoint {lost} was deleted") == 1
+    assert f"'spotguard restore {uri} {lost}' brings it back" in said
+    assert ("fresh start" if everything else "resumed from 0001-0000000002") in said
 
 
 def test_the_lifecycle_rule_is_printed_then_set_beside_those_that_are_there(run: str, seaweedfs: S3Server) -> None:

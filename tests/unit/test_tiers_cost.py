@@ -256,13 +256,13 @@ def test_what_was_deleted_by_hand_is_asked_for_once_in_an_attempt_and_again_wher
 
     store = Versioned()
     train(store, *range(10, 80, 10))
-    assert store.requests["DELETED"] == 1
+    assert store.requests["DELETED"] == 2  # by the start, which tells of it, and by the first sweep
 
     def delete(step: int) -> None:
         if step == 90:
             store.delete([ObjectRef(CheckpointId(2, 90).manifest_key)])
 
     train(store, 80, 90, 100, 110, 120, between=delete)
-    assert store.requests["DELETED"] == 3
+    assert store.requests["DELETED"] == 5
     kept = [(step, len(store.versions[CheckpointId(2, step).shard_key("model")])) for step in (80, 90, 100, 110, 120)]
     assert kept == [(80, 0), (90, 2), (100, 0), (110, 1), (120, 1)]

@@ -158,7 +158,7 @@ def resolve_command(
     """Say which checkpoint the next start resumes from. Exit status 1 if there are checkpoints and none is usable."""
     store = existing_run(uri)
     with bar("verifying", total=None) as advance:
-        resolution = store.resolve(advance)
+        resolution = store.resolve(advance, explain=explain)
     chosen = resolution.checkpoint
     if as_json:
         candidates = [vars(candidate) for candidate in resolution.candidates]

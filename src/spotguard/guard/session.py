@@ -200,6 +200,8 @@ class Session:
         for candidate, line in zip(resolution.rejected, rejected, strict=True):
             say(line)
             self.publish(CandidateRejected(checkpoint=candidate.id, reason=candidate.reason))
+        for candidate in resolution.deleted[:1]:
+            say(f"checkpoint {candidate.id} {candidate.reason}")
         checkpoint = resolution.require()
         if checkpoint is not None and resolution.loaded is not None:
             return Loaded(checkpoint, resolution.loaded, rejected)

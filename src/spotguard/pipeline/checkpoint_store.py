@@ -106,9 +106,9 @@ class CheckpointStore:
         found = together(read, read_history(self.objects).manifests)
         return [checkpoint for checkpoint in found if checkpoint is not None]
 
-    def resolve(self, progress: Progress | None = None) -> Resolution:
-        """What to resume from and why; see `Resolution`."""
-        return resolve(self.objects, progress=progress)
+    def resolve(self, progress: Progress | None = None, *, explain: bool = False) -> Resolution:
+        """What to resume from and why; see `Resolution`. With `explain` also what was deleted and can be brought back."""
+        return resolve(self.objects, progress=progress, explain=explain)
 
     def latest(self) -> Checkpoint | None:
         """The newest committed and verified checkpoint, else an older one; None when the run is new.

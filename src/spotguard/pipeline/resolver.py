@@ -1,17 +1,19 @@
 """Choosing what to resume from, and saying why."""
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from spotguard.checkpoint import CheckpointId, ShardRecord
-from spotguard.checkpoint.layout import claim_key
+from spotguard.checkpoint.layout import MANIFESTS, claim_key, parse_manifest_key
 from spotguard.errors import CheckpointDamagedError, NoUsableCheckpointError, StoreError
 from spotguard.pipeline.checkpoint import Checkpoint, load_manifest
 from spotguard.pipeline.history import History, read_history
-from spotguard.stores import ObjectStore
+from spotguard.stores import ObjectStore, VersionedStore
 
 __all__ = ["Candidate", "Place", "Resolution", "resolve", "resolve_among"]
 
@@ -24,7 +26,8 @@ class Candidate:
 
     Attributes:
         id: Its id.
-        verdict: ``"chosen"``, ``"rejected"``, ``"older"`` (not looked at: a newer one was chosen) or ``"off lineage"``.
+        verdict: ``"chosen"``, ``"rejected"``, ``"older"`` (not looked at: a newer one was chosen), ``"off lineage"``, or ``"deleted"``
+            (it would have been looked at first, and can be brought back).
         reason: Why.
         tier: The store whose copy was looked at; empty where none was.
     """
@@ -68,6 +71,11 @@ class Resolution:
         """The damaged ones."""
         return [candidate for candidate in self.candidates if candidate.verdict == "rejected"]
 
+    @property
+    def deleted(self) -> list[Candidate]:
+        """Those that somebody has deleted and can bring back."""
+        return [candidate for candidate in self.candidates if candidate.verdict == "deleted"]
+
     def require(self) -> Checkpoint | None:
         """The checkpoint; None only where there never was one.
 
@@ -75,7 +83,8 @@ class Resolution:
             NoUsableCheckpointError: There were candidates and all were rejected. Training must not start from zero in silence.
         """
         if self.checkpoint is None and (self.rejected or self.damaged):
-            reasons = [f"  {candidate.id}: {candidate.reason}" for candidate in self.rejected] + [
+            told = [*self.deleted, *self.rejected]
+            reasons = [f"  {candidate.id}: {candidate.reason}" for candidate in told] + [
                 f"  {text}" for text in self.damaged
             ]
             raise NoUsableCheckpointError(
@@ -92,6 +101,7 @@ def resolve(
     load: bool = False,
     history: History | None = None,
     progress: Callable[[int], None] | None = None,
+    explain: bool = False,
 ) -> Resolution:
     """Walk the lineage from its newest checkpoint and take the first whose every byte is what was committed.
 
@@ -101,13 +111,15 @@ def resolve(
         load: Also read the state, in the same pass over the bytes.
         history: A listing, where the caller has one.
         progress: Called with the number of bytes done, for each piece.
+        explain: Also ask for what was deleted and can be brought back.
 
     Raises:
         FormatTooNewError: A later release wrote the newest one. That is no damage, so nothing older is taken in its place.
         StoreError: The store could not be read, even after retries. That is no damage either.
     """
     history = history or read_history(store)
-    return resolve_among([Place(store, history.manifests)], history, run_id=run_id, load=load, progress=progress)
+    places = [Place(store, history.manifests)]
+    return resolve_among(places, history, run_id=run_id, load=load, progress=progress, explain=explain)
 
 
 def resolve_among(
@@ -118,6 +130,7 @@ def resolve_among(
     load: bool = False,
     progress: Callable[[int], None] | None = None,
     take: Callable[[Checkpoint, ShardRecord, memoryview], None] | None = None,
+    explain: bool = False,
 ) -> Resolution:
     """As `resolve`, for a run that stands in several stores: a copy in another one comes before an older checkpoint.
 
@@ -128,6 +141,7 @@ def resolve_among(
         load: Also keep what was read.
         progress: Called with the number of bytes done, for each piece.
         take: Called with each shard that is read to be kept, verified.
+        explain: Also ask for what was deleted and can be brought back.
 
     Raises:
         FormatTooNewError: A later release wrote the newest one. That is no damage, so nothing older is taken in its place.
@@ -162,6 +176,8 @@ def resolve_among(
                 break
         if chosen is None and trouble is not None:
             raise trouble
+    if explain:
+        candidates[:0] = _deleted(places, history, chosen)
     candidates += _off_lineage(history, set(line))
     damaged = [*history.damaged.values(), *([] if line else _emptied(places, history))]
     return Resolution(chosen, tuple(candidates), tuple(damaged), loaded)
@@ -175,6 +191,30 @@ def _emptied(places: Sequence[Place], history: History) -> list[str]:
         "and the store has none of that history"
         for claim in history.claims.values()
         if claim.parent_max_step
+    ]
+
+
+def _deleted(places: Sequence[Place], history: History, chosen: Checkpoint | None) -> list[Candidate]:
+    """What would come before the one that was chosen, had nobody deleted it. Only to tell: where a store will not say, nothing is told."""
+    kept: dict[CheckpointId, ObjectStore] = {}
+    for store in [place.store for place in places]:
+        if isinstance(store, VersionedStore):
+            with contextlib.suppress(StoreError):
+                found = [parse_manifest_key(info.key) for info in store.deleted(MANIFESTS)]
+                kept |= {item: store for item in found if item is not None and item not in history.manifests}
+    if not kept:
+        return []
+    whole = dataclasses.replace(history, manifests=tuple(sorted({*history.manifests, *kept})))
+    before = itertools.takewhile(lambda item: chosen is None or item != chosen.manifest.id, whole.lineage)
+    return [
+        Candidate(
+            str(item),
+            "deleted",
+            f"was deleted, and is still kept: 'spotguard restore {kept[item].uri} {item}' brings it back",
+            kept[item].uri,
+        )
+        for item in before
+        if item in kept
     ]
 
 

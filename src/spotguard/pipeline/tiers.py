@@ -211,8 +211,9 @@ class Tiers:
         listed = [tier.known.history for tier in tiers]
         places = [Place(tier.store, seen.refs) for tier, seen in zip(tiers, listed, strict=True) if seen is not None]
         refill = Refill(self.all)
+        take = refill.take if self.several else None
         resolution = resolve_among(
-            places, history, run_id=run_id, load=True, progress=progress, take=refill.take if self.several else None
+            places, history, run_id=run_id, load=True, progress=progress, take=take, explain=True
         )
         if resolution.checkpoint is not None:
             refill.finish(resolution.checkpoint)
