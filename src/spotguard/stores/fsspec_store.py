@@ -3,6 +3,7 @@
 # ruff: noqa: SLF001 - how fsspec takes a URI apart has a leading underscore, and is what its own `open` calls
 
 import contextlib
+import functools
 import importlib
 import os
 import secrets
@@ -27,6 +28,7 @@ from spotguard.stores._fsspec.azure import AzureDriver
 from spotguard.stores._fsspec.drivers import Body, Driver, FileSystemDriver, Found, LocalDriver, MemoryDriver
 from spotguard.stores._fsspec.errors import translate
 from spotguard.stores._fsspec.google import GoogleDriver
+from spotguard.stores._fsspec.preflight import preflight
 from spotguard.stores._fsspec.readers import LargeReader, SmallReader
 from spotguard.stores.base import (
     ObjectInfo,
@@ -57,6 +59,11 @@ _CREDENTIALS = (
         "AZURE_STORAGE_ACCOUNT_NAME with AZURE_STORAGE_ACCOUNT_KEY or 'az login', or AZURE_STORAGE_CONNECTION_STRING",
     )
     | {"hf": "HF_TOKEN, or 'hf auth login'"}
+)
+_ADVICE = (
+    dict.fromkeys(_GOOGLE, ": on this bucket, the role Storage Object User (roles/storage.objectUser)")
+    | dict.fromkeys(_AZURE, ": on this container, the role Storage Blob Data Contributor")
+    | {"hf": ": a token that may write to this repository"}
 )
 _JITTER = {  # modules that would draw it from the generator of the training
     "gcp": ("gcsfs.retry", "google.auth._exponential_backoff"),
@@ -120,7 +127,7 @@ class FsspecObjectStore:
         )  # gcsfs and the client of Azure try again by themselves, for half a minute
         self._lock = threading.Lock()
         self._made: tuple[int, Driver] | None = None
-        self._tried = False  # whether exclusive create has been tried out
+        self._tried = False  # whether the preflight has been
 
     @contextlib.contextmanager
     def create(self, key: str, *, exclusive: bool = False, deadline: float | None = None) -> Iterator[ObjectWriter]:
@@ -128,7 +135,7 @@ class FsspecObjectStore:
         path = self._path(key)
         check_deadline(deadline, key)
         if exclusive:
-            self._check_exclusive()
+            self.preflight()
         writer = _Writer(key, deadline)
         yield writer
         check_deadline(deadline, key)
@@ -215,7 +222,8 @@ class FsspecObjectStore:
             return False
         return found is not None and found.token == token
 
-    def _check_exclusive(self) -> None:
+    def preflight(self) -> None:
+        """See `PreflightStore.preflight`. Once it has succeeded it is not repeated; the first exclusive create does it too."""
         with self._lock:
             if self._tried:
                 return
@@ -230,34 +238,14 @@ class FsspecObjectStore:
                 warnings.warn(
                     f"{self.uri}: single_writer=True: nothing keeps a second writer out, a start that overlaps with another may spoil "
                     "the run",
-                    stacklevel=5,
+                    stacklevel=2,
                 )
-            elif driver.probe and not self._single_writer:
-                self._try_exclusive(driver)
+            translated = functools.partial(
+                translate, where=self.uri, credentials=self._credentials, exhausted=self._patient
+            )
+            advice = _ADVICE.get(self._protocol, "")
+            preflight(driver, self.uri, self._root, translated, alone=self._single_writer, advice=advice)
             self._tried = True
-
-    def _try_exclusive(self, driver: Driver) -> None:
-        """Create a throwaway object twice: some emulators and gateways accept the condition and ignore it."""
-        path, body = f"{self._root}/.sg-probe-{secrets.token_hex(6)}", Body()
-        try:
-            driver.put(path, body, exclusive=True, token="1", deadline=None)  # noqa: S106 - tells writers apart
-            try:
-                driver.put(path, body, exclusive=True, token="2", deadline=None)  # noqa: S106
-            except Exception as error:
-                if not isinstance(translate(error, path, "", exclusive=True), ObjectExistsError):
-                    raise
-                return
-            finally:
-                with contextlib.suppress(
-                    Exception
-                ):  # an account that may create but not delete leaves an empty object out of sight
-                    driver.remove([path])
-        except Exception as error:
-            raise translate(error, self.uri, self._credentials, creating=True, exhausted=self._patient) from error
-        raise ConfigError(
-            f"{self.uri}: what answers there accepts a second exclusive create of the same object, so it would not keep two writers "
-            "apart. Use another server, or, if never two processes write there at the same time, set single_writer=True"
-        )
 
     def _said(self, key: str, work: Callable[[], _T]) -> _T:
         """Do it, and say in our words what the back end says."""

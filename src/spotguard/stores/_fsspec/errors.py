@@ -13,7 +13,7 @@ from spotguard.errors import (
 )
 from spotguard.stores._fsspec.drivers import Replaced, is_about_the_place
 
-__all__ = ["translate"]
+__all__ = ["NoPlaceError", "translate"]
 
 _DENIED = {
     "ClientAuthenticationError",
@@ -32,6 +32,10 @@ _PASSING = {
     "HTTPError",
 }
 _TIMEOUTS = (TimeoutError, asyncio.TimeoutError, concurrent.futures.TimeoutError, ConnectionError, EOFError)
+
+
+class NoPlaceError(StoreAccessError):
+    """The bucket, container or repository does not exist, or is not shown."""
 
 
 def translate(
@@ -66,13 +70,11 @@ def translate(
     elif isinstance(error, FileExistsError) or (exclusive and (status in (409, 412) or "ResourceExistsError" in names)):
         kind, advice = (ObjectExistsError, "exists already") if exclusive else (StoreError, text)
     elif "ContainerNotFound" in str(getattr(error, "error_code", "")):
-        kind, advice = StoreAccessError, "the container does not exist; create it, or correct the URI"
+        kind, advice = NoPlaceError, "the container does not exist; create it, or correct the URI"
     elif is_about_the_place(error):
-        kind = StoreAccessError
-        advice = (
-            f"the repository does not exist, or may not be seen ({text}); create it, correct the URI, or check the "
-        )
-        advice += f"credentials: {credentials}"
+        kind = NoPlaceError
+        advice = f"the repository does not exist, or may not be seen ({text}); create it, correct the URI, or check "
+        advice += f"the credentials: {credentials}"
     elif "TransportError" not in names and (
         isinstance(error, PermissionError)
         or status in (401, 403)
@@ -87,7 +89,7 @@ def translate(
         kind, advice = ObjectNotFoundError, "does not exist"
         if creating:
             kind, advice = (
-                StoreAccessError,
+                NoPlaceError,
                 f"the bucket or container does not exist ({text}); create it, or correct the URI",
             )
     elif status in (408, 425, 429) or (status or 0) >= 500 or isinstance(error, _TIMEOUTS) or names & _PASSING:

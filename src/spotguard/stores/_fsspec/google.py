@@ -8,8 +8,8 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from spotguard.errors import StoreAccessError
 from spotguard.stores._fsspec.drivers import Block, Body, Found, Replaced
+from spotguard.stores._fsspec.errors import NoPlaceError
 from spotguard.stores._fsspec.remote import TOKEN, RemoteDriver, ViewFile
 
 __all__ = ["GoogleDriver"]
@@ -129,7 +129,7 @@ class GoogleDriver(RemoteDriver):
                     **more,
                 )
             except FileNotFoundError as error:  # of a bucket that is there, a listing is never "not found"
-                raise StoreAccessError(f"bucket {bucket!r} does not exist; create it, or correct the URI") from error
+                raise NoPlaceError(f"bucket {bucket!r} does not exist; create it, or correct the URI") from error
             yield [(f"{bucket}/{item['name']}", int(item.get("size", 0))) for item in page.get("items", [])]
             if "nextPageToken" not in page:
                 return
