@@ -11,7 +11,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from spotguard._time import format_seconds
-from spotguard.rehearse.drawing import delivered, kinds, struck, window
+from spotguard.rehearse.deliveries import received
+from spotguard.rehearse.drawing import kinds, struck
 from spotguard.rehearse.plan import Interruption
 from spotguard.rehearse.record import Start
 from spotguard.rehearse.report import Report
@@ -87,6 +88,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console = Console(file=console.file, highlight=False, width=200)
     console.print()
     console.print(_interruptions(report))
+    if report.platform is not None:
+        console.print(_deliveries(report))
     if report.members:
         console.print(_members(report))
     spent = report.spent
@@ -114,18 +117,9 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 
 def _interruptions(report: Report) -> Table:
-    table = Table(
-        title="Starts of the interrupted run",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    table = _table("Starts of the interrupted run")
     for name in ("start", "interruption", "where"):
         table.add_column(name, overflow="fold")
-    if report.platform is not None:
-        table.add_column("delivered", overflow="fold")
-        table.add_column("window used", justify="right", no_wrap=True)
     for name in ("steps", "lost", "restore", "stall", "exit"):
         table.add_column(name, justify="right", no_wrap=True)
     for start in report.interrupted:
@@ -133,7 +127,6 @@ def _interruptions(report: Report) -> Table:
             str(start.number),
             kinds(start),
             struck(start),
-            *([] if report.platform is None else [delivered(start), window(start)]),
             f"{start.first_step} to {start.last_step}",
             str(start.lost_steps),
             format_seconds(start.restore_s) if start.resumed_from else "",
@@ -141,6 +134,24 @@ def _interruptions(report: Report) -> Table:
             str(start.exit_code),
         )
     return table
+
+
+def _deliveries(report: Report) -> Table:
+    table = _table(f"What was delivered: {report.platform}, {format_seconds(report.grace_s or 0.0)}")
+    table.add_column("start")
+    table.add_column("interruption", overflow="fold")
+    table.add_column("after", justify="right", no_wrap=True)
+    table.add_column("delivered", overflow="fold")
+    for name in ("window used", "trained"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in received(report.interrupted):
+        when, what = ("\n".join(column) for column in zip(*row.acts, strict=True)) if row.acts else ("", "")
+        table.add_row(str(row.start), escape(row.kind), when, escape(what), row.window, row.trained)
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
 def _members(report: Report) -> Table:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from spotguard._time import format_seconds
 from spotguard.rehearse.record import Start
 
-__all__ = ["KINDS", "Drawing", "delivered", "kinds", "outcome", "over_steps", "over_time", "struck", "window"]
+__all__ = ["KINDS", "Drawing", "kinds", "outcome", "over_steps", "over_time", "struck"]
 
 KINDS = {
     "startup": ("start-up and exit", "interpreter, imports, building the model"),
@@ -21,7 +21,6 @@ KINDS = {
 }
 _ROW = 54  # pixels
 _TICKS = 6
-_AT_ONCE = 0.05  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,26 +147,6 @@ def kinds(start: Start) -> str:
 def struck(start: Start) -> str:
     """Where that was; or how the start ended, if nothing has."""
     return "; ".join(f"{strike.where}, step {strike.step}" for strike in start.strikes) or outcome(start)
-
-
-def delivered(start: Start) -> str:
-    """What was delivered, with seconds since the beginning of each interruption."""
-    told = [
-        ", ".join(
-            done.what + (f" at {done.at - strike.at:.1f} s" if done.at - strike.at >= _AT_ONCE else "")
-            for done in strike.delivered
-        )
-        for strike in start.strikes
-    ]
-    return "; ".join(told)
-
-
-def window(start: Start) -> str:
-    """How much of the time that it was given a start has used."""
-    scenario = start.strike.interruption.scenario if start.strike is not None else None
-    if scenario is None or not scenario.lead_s or start.window_s is None:
-        return ""
-    return f"{start.window_s:.1f} of {scenario.lead_s:.1f} s"
 
 
 def _name(index: int) -> str:

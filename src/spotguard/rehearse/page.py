@@ -8,7 +8,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from spotguard._time import format_seconds, utc_now
-from spotguard.rehearse.drawing import KINDS, delivered, kinds, over_steps, over_time, struck, window
+from spotguard.rehearse.deliveries import received
+from spotguard.rehearse.drawing import KINDS, kinds, over_steps, over_time, struck
 from spotguard.rehearse.record import Spent, Start
 from spotguard.rehearse.report import Report
 
@@ -44,8 +45,7 @@ def render_page(report: Report) -> str:
         starts=report.interrupted,
         befallen=kinds,
         struck=struck,
-        delivered=delivered,
-        window=window,
+        received=received(report.interrupted) if report.platform is not None else (),
         marks=_marks(starts),
     )
 

@@ -67,12 +67,14 @@ class Delivered:
         what: In words.
         kind: ``"notice"``, ``"sigterm"`` for any signal that can be handled, ``"frozen"`` or ``"sigkill"``.
         trouble: Why it could not come through; empty when it could.
+        heard_at: When somebody asked the metadata service and was told; None when nobody did.
     """
 
     at: float
     what: str
     kind: str
     trouble: str = ""
+    heard_at: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +106,11 @@ class Strike:
         return len(self.delivered) == len(self.interruption.deliveries)
 
     @property
+    def notices(self) -> tuple[Delivered, ...]:
+        """What the metadata service told of it."""
+        return tuple(done for done in self.delivered if done.kind == "notice")
+
+    @property
     def asked_at(self) -> float | None:
         """When the process was told to go, or was killed without a word; None where it is to go on, or had not been told yet."""
         scenario = self.interruption.scenario
@@ -131,10 +138,10 @@ class Start:
         fresh: Fingerprints of the generators at a fresh start.
         troubles: Damaged checkpoints that were passed over, and state that did not come back bit for bit.
         strikes: The interruptions that came to pass, in order; all but the last one it has outlived.
-        heard_at: When the metadata service was asked and told of the last event that it announced; None when it was not asked.
         killed_at: When a platform killed it.
         exit_state: What ``exit.json`` in the run says of this start, under torchrun, which makes one exit status of all.
         stopped: The guard left on its own accord, with this exit status.
+        stopping: When it began to.
         finished: The loop came to its end.
         commits: When each checkpoint became visible, and its step.
         stalls: Of each snapshot, in seconds.
@@ -163,10 +170,10 @@ class Start:
     fresh: Mapping[str, str] | None = None
     troubles: tuple[str, ...] = ()
     strikes: tuple[Strike, ...] = ()
-    heard_at: float | None = None
     killed_at: float | None = None
     exit_state: str | None = None
     stopped: int | None = None
+    stopping: float | None = None
     finished: bool = False
     commits: tuple[tuple[float, int], ...] = ()
     stalls: tuple[float, ...] = ()

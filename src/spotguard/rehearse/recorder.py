@@ -1,7 +1,7 @@
 """Writes down what one start of the script does, as its guard tells it."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from signal import SIGKILL
 from typing import Any
 
@@ -76,7 +76,8 @@ class Recorder:
             self._commits.append((now, identity.step))
         elif at == "stopped":
             fields["stopped"], fields["left"] = int(message.get("code", 143)), now
-            self._waits.append((now - float(message["seconds"]), now))
+            fields["stopping"] = now - float(message["seconds"])
+            self._waits.append((fields["stopping"], now))
         elif at == "finished":
             fields["finished"], fields["left"], fields["last_step"] = True, now, int(message["step"])
             last = self._boundaries[-1][1] if self._boundaries else now
@@ -110,18 +111,28 @@ class Recorder:
         exit_code: int,
         timed_out: bool,
         log: str,
-        heard_at: float | None = None,
+        heard: Sequence[float | None] = (),
         exit_state: str | None = None,
     ) -> Start:
-        """All of it, once the process is gone."""
-        fields = {**self._fields, "last_step": self.step, "heard_at": heard_at, "exit_state": exit_state}
+        """All of it, once the process is gone.
+
+        Args:
+            ended: When it was.
+            exit_code: As `subprocess` has it.
+            timed_out: It was killed because it did not end.
+            log: Name of the file with its output.
+            heard: Of each piece of news of the metadata service, in order, when somebody heard of it.
+            exit_state: See `Start`.
+        """
+        fields = {**self._fields, "last_step": self.step, "exit_state": exit_state}
+        told = iter(heard)
         return Start(
             **fields,
             ended=ended,
             exit_code=exit_code,
             timed_out=timed_out,
             uris=len(self._uris),
-            strikes=tuple(self._strikes),
+            strikes=tuple(_with_ears(strike, told) for strike in self._strikes),
             saves=tuple(at - self._begun[step] for at, step in self._commits if step in self._begun),
             commits=tuple(self._commits),
             stalls=tuple(self._stalls),
@@ -129,3 +140,11 @@ class Recorder:
             waits=tuple(self._waits),
             log=log,
         )
+
+
+def _with_ears(strike: Strike, heard: Iterator[float | None]) -> Strike:
+    told = [
+        dataclasses.replace(done, heard_at=next(heard, None)) if done.kind == "notice" else done
+        for done in strike.delivered
+    ]
+    return dataclasses.replace(strike, delivered=tuple(told))

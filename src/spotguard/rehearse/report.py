@@ -168,7 +168,9 @@ def judge(
     last = interrupted[-1]
     if not bad:
         missing = len(plan) - sum(
-            strike.complete or not strike.interruption.goes_on for start in interrupted for strike in start.strikes
+            strike.complete or not (strike.interruption.goes_on and start.finished)
+            for start in interrupted
+            for strike in start.strikes
         )
         if missing:
             reasons.append(f"{missing} of {len(plan)} interruptions did not come to pass: the run ended before")

@@ -272,7 +272,7 @@ class _Rehearsal:
             exit_code=end.exit_code,
             timed_out=end.timed_out,
             log=log,
-            heard_at=None if self._site.heard_at is None else self._site.heard_at - began,
+            heard=[None if at is None else at - began for at in self._site.heard],
             exit_state=self._exit_state(store),
         )
         self._tell(lambda observer: observer.ended(start))

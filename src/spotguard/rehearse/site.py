@@ -6,11 +6,12 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from spotguard.errors import ConfigError
 from spotguard.notices.platforms import Layer, detect_platform
 from spotguard.rehearse.scenario import GRACES, Announce, Begin, Scenario, Withdraw, scenarios
-from spotguard.testing import FakeAws, FakeAzure, FakeGoogle
+from spotguard.testing.metadata import Exchange, FakeAws, FakeAzure, FakeGoogle
 
 __all__ = ["MARKS", "Site"]
 
@@ -48,6 +49,23 @@ _SET = {
     "slurm": {"SLURM_JOB_ID": "17"},
     "sagemaker": {"TRAINING_JOB_NAME": "rehearsal"},
 }
+_AFTERWARDS: Mapping[tuple[str | None, type], str] = {
+    ("gcp", Withdraw): "NONE",
+    ("azure", Withdraw): '"Events": []',
+    ("azure", Begin): "Started",
+}
+
+
+class _News(NamedTuple):
+    """From when on it is told, in the answer to which path, and by what it is to be known there."""
+
+    since: float
+    path: str
+    mark: str
+
+    def is_in(self, exchange: Exchange) -> bool:
+        request, reply, at = exchange
+        return at >= self.since and request.path.endswith(self.path) and reply.status == 200 and self.mark in reply.text
 
 
 class Site(contextlib.ExitStack):
@@ -80,7 +98,8 @@ class Site(contextlib.ExitStack):
         self.scenarios: tuple[Scenario, ...] = ()
         self.layer: Layer | None = None
         self._fake: FakeAws | FakeGoogle | FakeAzure | None = None
-        self._event, self._seen_by, self._since = "", ("", ""), 0.0
+        self._event = ""
+        self._news: list[_News] = []
         if platform is None:
             if grace_s is not None:
                 raise ConfigError("--grace says how long a platform leaves; name the platform with --platform")
@@ -103,29 +122,29 @@ class Site(contextlib.ExitStack):
 
     def perform(self, act: Announce | Begin | Withdraw) -> None:
         """Let the metadata service tell of an event."""
+        since = time.monotonic()
         if isinstance(act, Announce):
-            self._since = time.monotonic()
-            self._seen_by = self._announce(act)
-        elif isinstance(act, Withdraw):
+            path, mark = self._announce(act)
+        else:
+            path, mark = self._news[-1].path if self._news else "", _AFTERWARDS.get((self.platform, type(act)), "")
+        if isinstance(act, Withdraw):
             self._clear()
-        elif isinstance(self._fake, FakeAzure) and self._event in self._fake.events:
+        elif isinstance(act, Begin) and isinstance(self._fake, FakeAzure) and self._event in self._fake.events:
             self._fake.start(self._event)
+        self._news.append(_News(since, path, mark))
 
     def refresh(self) -> None:
         """Another machine of the same kind, on which nothing is planned."""
         self._clear()
-        self._seen_by = ("", "")
+        self._news.clear()
         if self._fake is not None:
             self._fake.exchanges.clear()
 
     @property
-    def heard_at(self) -> float | None:
-        """When the last event that was announced was first told to somebody, monotonic seconds; None if that has not been."""
-        path, mark = self._seen_by
-        for request, reply, at in list(self._fake.exchanges) if self._fake is not None and path else ():
-            if at >= self._since and request.path.endswith(path) and reply.status == 200 and mark in reply.text:
-                return at
-        return None
+    def heard(self) -> tuple[float | None, ...]:
+        """When each piece of news was first told to somebody, monotonic seconds; None if it has not been."""
+        exchanges = list(self._fake.exchanges) if self._fake is not None else []
+        return tuple(next((one.at for one in exchanges if news.is_in(one)), None) for news in self._news)
 
     def _announce(self, act: Announce) -> tuple[str, str]:
         """Where it is to be seen, and by what."""

@@ -5,7 +5,7 @@ import dataclasses
 from spotguard._time import format_seconds
 from spotguard.notices.platforms import Layer
 from spotguard.rehearse.record import Start, Strike
-from spotguard.rehearse.scenario import Announce, Scenario
+from spotguard.rehearse.scenario import Scenario
 
 __all__ = ["Circumstances", "bad_end", "remarks"]
 
@@ -80,9 +80,15 @@ def _bad_status(start: Start, strike: Strike) -> str:
 def _bad_end_unasked(start: Start, strike: Strike, scenario: Scenario) -> str | None:
     if start.stopped is None:
         return _bad_end_by_itself(start)
-    if scenario.may_leave and not strike.complete:
+    if scenario.may_leave and _left_before(start, strike):
         return None if start.left_as_planned else _bad_status(start, strike)
     return f"it left after '{strike.kind}' at step {strike.step}, which asks nobody to go: training was to go on"
+
+
+def _left_before(start: Start, strike: Strike) -> bool:
+    """Whether it was on its way before it could know of the last news."""
+    heard_at = strike.notices[-1].heard_at if strike.complete else None
+    return start.stopping is not None and (heard_at is None or start.stopping < heard_at)
 
 
 def _bad_end_asked(start: Start, strike: Strike, scenario: Scenario, around: Circumstances) -> str | None:
@@ -114,12 +120,13 @@ def _too_late(start: Start, strike: Strike, scenario: Scenario, around: Circumst
             f"{what}: it had stopped after {format_seconds(start.left - asked_at)}, and had still not ended when the {given} were over; "
             "what holds up its exit?"
         )
-    if not scenario.asks_by_signal and start.heard_at is None:
+    heard_at = next((done.heard_at for done in strike.notices if done.at >= asked_at), None)
+    if not scenario.asks_by_signal and heard_at is None:
         return (
             f"{what}: in the {given} nobody asked the metadata service. Does the script say notices='none'? "
             "If not, ask for a --grace that is longer than the time between two questions, which is 5 s on EC2"
         )
-    heard_s = 0.0 if scenario.asks_by_signal or start.heard_at is None else max(0.0, start.heard_at - asked_at)
+    heard_s = 0.0 if scenario.asks_by_signal or heard_at is None else heard_at - asked_at
     needed = heard_s + around.step_s + around.save_s
     if needed > scenario.lead_s:
         return (
@@ -139,12 +146,14 @@ def remarks(start: Start, around: Circumstances) -> list[str]:
     if strike is None or scenario is None:
         return []
     told = []
-    announced = any(isinstance(delivery.act, Announce) for delivery in scenario.deliveries)
-    if announced and start.heard_at is None and not scenario.asks_by_signal and scenario.trains_s:
+    unheard = strike.notices and not scenario.asks_by_signal and all(done.heard_at is None for done in strike.notices)
+    if unheard and scenario.trains_s:
         told.append(
             f"nobody asked the metadata service while it told of '{strike.kind}'. Does the script say notices='none'? "
             "If not, ask for a longer --grace: EC2 is asked every 5 s, Azure every second"
         )
+    if scenario.asks_s is None and start.stopped is not None:
+        told.append(f"it left before '{strike.kind}' had been told to it whole: that start need not have ended")
     if start.stopped is None or start.killed or not scenario.lead_s:
         return told
     if start.lost_steps and not start.committed_after_notice:
