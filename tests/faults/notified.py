@@ -63,6 +63,16 @@ class Slow:
                 self.go.wait(self.seconds)
 
 
+def in_turn(*actions: Callable[[], object]) -> Callable[[], None]:
+    """Several of them as one."""
+
+    def act() -> None:
+        for action in actions:
+            action()
+
+    return act
+
+
 class Breaks(Slow):
     """One that can be broken: then nothing of a checkpoint is written."""
 
@@ -87,10 +97,15 @@ class Training:
             list(self.stores) if len(self.stores) > 1 else self.stores[0],
             TrainState(model=self.model),
             every=every,
-            on_event=self.events.append,
+            on_event=self._hear,
             **{"notices": [self.told], **options},
         )
+        self.on_event: Callable[[Event], object] = lambda event: None
         self.at_step: dict[int, Callable[[], object]] = {}
+
+    def _hear(self, event: Event) -> None:
+        self.events.append(event)
+        self.on_event(event)
 
     def run(self, steps: int = 1000, step_s: float = 0.005) -> int | None:
         """The exit status; None if the loop came to its end."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from faults.notified import Breaks, Slow, Told, Training, memory
+from faults.notified import Breaks, Slow, Told, Training, in_turn, memory
 from spotguard import CheckpointStore, NoticeSource, PreemptionNotice
 from spotguard.checkpoint.layout import MANIFESTS
 from spotguard.events import GraceTooShort, NoticeWithdrawn, SaveFailed, SaveStarted
@@ -106,6 +106,26 @@ def test_what_is_in_flight_is_finished_where_a_new_save_does_not_fit() -> None:
     assert "a save takes" in training.exit.detail
 
 
+def test_what_was_in_flight_and_is_done_sooner_than_expected_leaves_time_for_another() -> None:
+    store = Slow(memory(), 1.0)
+    training = Training(store)
+
+    def notice() -> None:
+        store.seconds = 0.2
+        training.guard.save()
+
+    training.at_step = {
+        5: lambda: training.guard.save(),
+        8: lambda: time.sleep(1.5),
+        20: notice,
+        22: lambda: training.told.tell_in(2.0),
+    }
+    assert training.run() == 143
+    assert training.choices() == ["flush"]
+    assert training.committed() == [6, 21, training.guard.step]
+    assert training.exit.detail == ""
+
+
 def test_the_fast_tier_alone_takes_the_last_save_where_the_slow_one_would_not_be_done() -> None:
     fast, slow = memory(), Slow(memory(), 1.0)
     training = Training(fast, slow)
@@ -169,7 +189,7 @@ def test_a_deadline_that_passes_in_a_long_step_is_no_reason_either() -> None:
     training.at_step = {
         5: lambda: training.guard.save(),
         8: lambda: time.sleep(0.4),
-        20: lambda: (training.told.tell_in(0.3), time.sleep(0.6)),  # type: ignore[func-returns-value]
+        20: in_turn(lambda: training.told.tell_in(0.3), lambda: time.sleep(0.6)),
     }
     assert training.run() == 143
     assert training.committed() == [6, 21]
@@ -192,6 +212,22 @@ def test_the_first_save_of_a_window_is_tried_again_when_it_has_failed() -> None:
     first, again, last = training.committed()
     assert first == 6
     assert 60 < again < last - 100, "early in the window, not at its end"
+
+
+def test_a_last_save_that_goes_on_failing_is_made_again_while_there_is_time() -> None:
+    store = Breaks(memory())
+    training = Training(store, grace="30s")
+
+    def leave() -> None:
+        store.broken = True
+        training.on_event = lambda event: setattr(store, "broken", training.count(SaveFailed) < 3)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    training.at_step = {5: lambda: training.guard.save(), 20: leave}
+    assert training.run(100_000) == 143
+    assert training.committed() == [6, 21]
+    assert training.count(SaveFailed) == 3
+    assert training.exit.detail == ""
 
 
 def test_a_store_that_goes_on_failing_is_not_tried_at_every_step() -> None:
@@ -370,7 +406,7 @@ def test_azure_is_not_told_so_when_the_last_save_has_failed() -> None:
         training = source.training = Training(store, notices=[source])
         training.at_step = {
             5: lambda: training.guard.save(),
-            20: lambda: (setattr(store, "broken", True), azure.schedule("Preempt", in_s=3)),  # type: ignore[func-returns-value]
+            20: in_turn(lambda: setattr(store, "broken", True), lambda: azure.schedule("Preempt", in_s=3)),
         }
         assert training.run(100_000) == 143
         assert azure.approved == []
@@ -392,7 +428,7 @@ def test_a_platform_that_does_not_answer_does_not_hold_the_exit_back() -> None:
     training = Training(notices=[source])
     until: list[float] = []
     training.at_step = {
-        20: lambda: (until.append(time.monotonic() + 2), source.tell_in(2)),  # type: ignore[func-returns-value]
+        20: in_turn(lambda: until.append(time.monotonic() + 2), lambda: source.tell_in(2)),
     }
     assert training.run(100_000) == 143
     source.go.set()

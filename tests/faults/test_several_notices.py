@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from faults.notified import Slow, Told, Training, memory
+from faults.notified import Slow, Told, Training, in_turn, memory
 from spotguard import PreemptionNotice
 from spotguard.events import NoticeReceived, NoticeWithdrawn
 from spotguard.stores import ObjectStore
@@ -90,7 +90,10 @@ def test_of_two_notices_one_is_withdrawn_and_the_other_stands(gone: str) -> None
 
     training.at_step = {
         5: lambda: training.guard.save(),
-        20: lambda: (training.told.tell_in(8, id="1", detail="one"), training.told.tell_in(4, id="2", detail="two")),  # type: ignore[func-returns-value]
+        20: in_turn(
+            lambda: training.told.tell_in(8, id="1", detail="one"),
+            lambda: training.told.tell_in(4, id="2", detail="two"),
+        ),
         60: withdraw,
     }
     assert training.run(100_000) == 143
@@ -101,7 +104,7 @@ def test_of_two_notices_one_is_withdrawn_and_the_other_stands(gone: str) -> None
 def test_when_all_are_withdrawn_the_run_comes_to_its_end(capsys: pytest.CaptureFixture[str]) -> None:
     training = Training()
     training.at_step = {
-        20: lambda: (training.told.tell_in(300, id="1"), training.told.tell_in(200, id="2")),  # type: ignore[func-returns-value]
+        20: in_turn(lambda: training.told.tell_in(300, id="1"), lambda: training.told.tell_in(200, id="2")),
         40: lambda: training.told.tell(id="2", action="withdrawn", detail="gone"),
         60: lambda: training.told.tell(id="1", action="withdrawn", detail="gone"),
     }
@@ -155,7 +158,7 @@ def test_a_hint_of_risk_does_not_have_the_loop_wait_for_a_save_in_flight() -> No
     training.at_step = {
         5: lambda: training.guard.save(),
         10: lambda: training.told.tell(kind="rebalance", action="save"),
-        60: lambda: (store.go.set(), training.wait_for_commit()),  # type: ignore[func-returns-value]
+        60: in_turn(store.go.set, training.wait_for_commit),
         80: lambda: training.wait_for_commit(2),
     }
     assert training.run(100) is None

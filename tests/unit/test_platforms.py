@@ -166,8 +166,8 @@ def test_who_waits_for_us_is_named_first() -> None:
         notice(deadline=1900.0),
         notice(action="save", deadline=1010.0),
     ]
-    backwards = ordered[::-1]
-    assert sorted(backwards, key=budget.urgency) == ordered
+    mixed = [ordered[index] for index in (3, 1, 4, 0, 2)]
+    assert sorted(mixed, key=budget.urgency) == ordered
 
 
 def test_the_reserve_is_a_sixth_and_at_most_ten_seconds() -> None:

@@ -78,6 +78,12 @@ class Departure:
 
     def execute(self, plan: FinalPlan, outlook: Outlook, place: Place) -> None:
         """Make the last save, or as much of it as there is time for."""
+        in_time = True
+        if plan.choice is FinalSave.FLUSH:
+            in_time = self._writer.drain(_left(outlook), upkeep=False)
+            again = plan_final_save(_left(outlook), self._saver.times())
+            if in_time and again.choice is not FinalSave.NONE:  # that was done sooner than could be expected
+                plan = again
         if plan.reason:
             self.reason = f"{_CHOICES[plan.choice]}: {plan.reason}"
             say(self.reason)
@@ -86,10 +92,7 @@ class Departure:
             in_time = self._saver.save_and_wait("saving before the stop", place, tiers=tiers, deadline=outlook.firm)
             if in_time and plan.choice is FinalSave.FRESH and self._writer.error is None:
                 self.reason = ""
-        elif plan.choice is FinalSave.FLUSH:
-            left = None if outlook.firm is None else max(0.0, outlook.firm - time.monotonic())
-            in_time = self._writer.drain(left, upkeep=False)
-        else:
+        elif plan.choice is FinalSave.NONE:
             return
         if not in_time or isinstance(self._writer.error, DeadlineExceededError):
             self.reason = "the last save was not done by the deadline"
@@ -103,6 +106,10 @@ class Departure:
         # Where nothing is known of saves, half of the time is left for one.
         needed = (outlook.at - now) / 2 if times.save_s is None else with_margin(times.save_s)
         return max(outlook.at - needed, now + min(1.0, max(0.1, 2 * times.step_s)))
+
+
+def _left(outlook: Outlook) -> float | None:
+    return None if outlook.firm is None else max(0.0, outlook.firm - time.monotonic())
 
 
 _CHOICES = {

@@ -1,13 +1,14 @@
 """When a save is due, and taking the snapshot: the part of the guard that stalls the loop, and nothing but that part."""
 
 import collections
+import itertools
 import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from spotguard.checkpoint.layout import rank_name
-from spotguard.errors import SaveError
+from spotguard.errors import SaveError, TransientStoreError
 from spotguard.events import Event, SaveSkipped, SaveStarted
 from spotguard.guard.gate import Gate
 from spotguard.guard.meter import Meter
@@ -17,6 +18,8 @@ from spotguard.policies import Due, SavePoint, SavePolicy, SaveTimes, p95, time_
 from spotguard.state.snapshot import HostBuffers, ShardImage, Snapshot
 
 __all__ = ["RANK", "Place", "Saver"]
+
+_AGAIN_S = 1.0  # between two tries of a last save that goes on failing
 
 RANK = rank_name(0)
 """Name of the shard with what belongs to this rank."""
@@ -150,7 +153,8 @@ class Saver:
     ) -> bool:
         """Commit this very boundary, waiting for what is in flight first; the writer's `error` tells how it went.
 
-        There is no later save to make up for a failed one, so a failed one is tried once more.
+        There is no later save to make up for a failed one, so it is tried once more; up to a deadline even again and again, where the store
+        is only out of order for now.
 
         Returns:
             Whether that was done, well or badly, by the deadline (monotonic seconds), where there is one.
@@ -161,7 +165,7 @@ class Saver:
         if self._saved_at == place.boundary and self._writer.error is None and not finished:
             return True
         metrics = self.requested
-        for _ in range(2):
+        for number in itertools.count(1):
             self.requested = metrics
             with Meter(title) as meter:
                 self.snapshot(
@@ -169,8 +173,14 @@ class Saver:
                 )
                 if not self._drain(deadline):
                     return False
-            if self._writer.error is None or self._writer.fenced is not None:
-                return True
+            error = self._writer.error
+            if error is None or self._writer.fenced is not None:
+                break
+            if number >= 2:
+                lasting = not any(isinstance(one, TransientStoreError) for one in (error, error.__cause__))
+                if deadline is None or lasting or time.monotonic() + _AGAIN_S > deadline:
+                    break
+                time.sleep(_AGAIN_S)
         return True
 
     def commit_held(self, deadline: float | None) -> str:

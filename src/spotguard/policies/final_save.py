@@ -102,7 +102,7 @@ def plan_final_save(
         return FinalPlan(FinalSave.FAST_TIER, reason=lacking)
     if not firm or (times.flush_s or 0.0) + times.save_s <= left_s:  # it may just be done
         return FinalPlan(FinalSave.FRESH, reason=lacking)
-    if times.flush_s is not None and flush <= left_s:
+    if times.flush_s is not None:
         return FinalPlan(FinalSave.FLUSH, reason=lacking)
     return FinalPlan(FinalSave.FAST_TIER if fast else FinalSave.NONE, reason=lacking)
 
