@@ -295,6 +295,29 @@ def test_what_the_server_compares_is_found_out(
     assert caplog.text.count("compares no checksum") == 1
 
 
+@pytest.mark.parametrize("server", ["seaweedfs", "moto"])
+def test_a_command_that_writes_nothing_has_the_server_tell_the_digest_where_it_knows(
+    server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    which: S3Server = request.getfixturevalue(server)
+    store = store_at(which, which.versioned)
+    for step in (10, 20):
+        CheckpointStore(store).save(weights(float(step)), step=step)
+    fresh, read = at_uri_of(store), list[str]()
+    real = S3ObjectStore.open
+
+    def open_and_note(self: S3ObjectStore, key: str, *, version: str | None = None) -> Any:
+        read.append(key)
+        return real(self, key, version=version)
+
+    monkeypatch.setattr(S3ObjectStore, "open", open_and_note)
+    CheckpointStore(fresh).prune(1)
+    assert fresh._able is None
+    assert [key for key in read if key.startswith("checkpoints/")] == (
+        [] if server == "seaweedfs" else ["checkpoints/0002-0000000020/model.pt"]
+    )
+
+
 @pytest.mark.parametrize("size", [1000, 12 * MIB + 17])
 def test_the_server_tells_the_digest_of_what_it_holds(store: S3ObjectStore, size: int) -> None:
     from spotguard.checkpoint import digest_of

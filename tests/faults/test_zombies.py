@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from faults.scenario import WHEN, check_content, end_child, fork, save, snapshot_at, write
 from spotguard.checkpoint import CheckpointId, Claim, Manifest, ShardRecord
 from spotguard.checkpoint.layout import ATTEMPTS, CHECKPOINTS, MANIFESTS
-from spotguard.errors import CheckpointNotFoundError, FencedError
+from spotguard.errors import CheckpointNotFoundError, FencedError, NoUsableCheckpointError
 from spotguard.pipeline.checkpoint_store import CheckpointStore
 from spotguard.pipeline.commit import commit
 from spotguard.pipeline.history import History, claim_and_look, claim_attempt, lineage, open_run, read_history
@@ -21,7 +21,7 @@ from spotguard.pipeline.resolver import resolve
 from spotguard.pipeline.rollback import roll_back
 from spotguard.pipeline.sweeper import plan_sweep, sweep
 from spotguard.policies import KeepNewest
-from spotguard.stores import LocalObjectStore, MemoryObjectStore, ObjectInfo, ObjectRef, ObjectWriter
+from spotguard.stores import LocalObjectStore, MemoryObjectStore, ObjectInfo, ObjectReader, ObjectRef, ObjectWriter
 from spotguard.testing.faults import Intercepting, Unsynced
 
 
@@ -251,6 +251,26 @@ def test_a_commit_and_a_sweep_between_the_listing_and_the_claim_are_not_lost(tmp
     checkpoint = resolve(store).require()
     assert checkpoint is not None
     assert checkpoint.step == 20
+
+
+@pytest.mark.parametrize("gone", [("attempts",), ("attempts", "manifests"), ("attempts", "manifests", "run.json")])
+def test_a_start_into_a_run_that_is_being_moved_away_is_refused_and_says_so(gone: tuple[str, ...]) -> None:
+    class Going(MemoryObjectStore):
+        def open(self, key: str, *, version: str | None = None) -> ObjectReader:
+            if key.startswith(ATTEMPTS):
+                for other in [other for other in self._objects if other.split("/")[0] in gone]:
+                    self._objects.pop(other, None)
+            return super().open(key, version=version)
+
+    inner = MemoryObjectStore()
+    save(inner, 10)
+    save(inner, 20)
+    store = Going()
+    store.__dict__.update(inner.__dict__)
+    before = {key for key in inner._objects if key.startswith(MANIFESTS)}
+    with pytest.raises((NoUsableCheckpointError, FencedError), match=r"moved or deleted"):
+        CheckpointStore(store).save({"model": {"step": 30}}, step=30)
+    assert {key for key in inner._objects if key.startswith(MANIFESTS)} <= before
 
 
 def test_eight_claims_at_once_give_eight_numbers(tmp_path: Path) -> None:

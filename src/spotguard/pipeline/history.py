@@ -130,6 +130,8 @@ def read_history(store: ObjectStore, *, known: History | None = None) -> History
         except CheckpointDamagedError as error:
             return str(error)
         except ObjectNotFoundError:
+            if attempt in listed:
+                return f"{store.uri}/{key} was there a moment ago and is gone: is the run being moved or deleted?"
             return f"{store.uri}/{key} is missing, but there are checkpoints of that attempt"
 
     def read_all(attempts: Sequence[int]) -> None:

@@ -113,8 +113,9 @@ class S3ObjectStore:
 
     def stat(self, key: str, *, version: str | None = None) -> ObjectInfo | None:
         """See `ObjectStore.stat`."""
+        # Before the preflight too, for whoever only reads or deletes: a server that does not know it answers without.
         params: dict[str, Any] = (
-            {"ChecksumMode": "ENABLED"} if self._able and self._able.checksum == "crc64nvme" else {}
+            {"ChecksumMode": "ENABLED"} if self._able is None or self._able.checksum == "crc64nvme" else {}
         )
         if version is not None:
             params["VersionId"] = version
