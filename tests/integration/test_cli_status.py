@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from spotguard import CheckpointStore, Preempted, SpotGuard, TrainState
 from spotguard.cli.app import app
+from spotguard.errors import StateMismatchError
 
 KILLED_IN_STEP = """
 import os, signal, sys, torch
@@ -156,6 +157,7 @@ def test_asking_does_not_load_torch(tmp_path: Path) -> None:
     code = f"""
 import sys
 from spotguard.cli.app import app
+from spotguard.errors import StateMismatchError
 app(['status', {str(tmp_path)!r}], standalone_mode=False)
 app(['doctor', {str(tmp_path)!r}], standalone_mode=False)
 assert 'torch' not in sys.modules
@@ -182,3 +184,14 @@ def test_a_start_that_has_not_come_as_far_as_the_run_has_failed_whatever_the_one
     train(tmp_path)
     assert invoke(tmp_path, "--finished", "--after", 1).exit_code == 0
     assert invoke(tmp_path, "--finished", "--after", 2).exit_code == 1
+
+
+def test_a_start_that_fails_before_the_first_step_has_failed(tmp_path: Path) -> None:
+    preempt(tmp_path)
+    wider = TrainState(model=torch.nn.Linear(9, 9))
+    with pytest.raises(StateMismatchError), SpotGuard(tmp_path, wider, notices="none"):
+        pass
+    found = status(tmp_path, code=1)
+    assert (found["state"], found["attempt"]) == ("failed", 2)
+    assert (found["checkpoint"], found["step"]) == ("0001-0000000003", 3)
+    assert "StateMismatchError" in found["detail"]

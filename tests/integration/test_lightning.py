@@ -461,13 +461,14 @@ def test_a_class_that_is_declared_safe_passes_among_the_hyperparameters(tmp_path
     assert steps(tmp_path) == [4, 8]
 
 
-def test_a_failed_fit_says_that_it_has_failed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hook", ["setup", "on_fit_start", "on_train_batch_end"])
+def test_a_failed_fit_says_that_it_has_failed(hook: str, tmp_path: Path) -> None:
     def work(told: Told) -> None:
         def fail() -> None:
             raise ValueError("the loss is NaN")
 
         with pytest.raises(ValueError, match="NaN"):
-            fit(tmp_path, at("on_train_batch_end", fail, 2))
+            fit(tmp_path, at(hook, fail))
         word = json.loads((tmp_path / "run/exit.json").read_bytes())
         told["word"] = [word["state"], word["detail"]]
 

@@ -53,6 +53,7 @@ from spotguard.guard.event_log import EventLog
 from spotguard.guard.gate import Gate, join_rehearsal
 from spotguard.guard.grace_check import GraceCheck
 from spotguard.guard.hearing import Hearing
+from spotguard.guard.last_word import LastWord
 from spotguard.guard.meter import Meter
 from spotguard.guard.options import Options
 from spotguard.guard.patience import Patience
@@ -129,6 +130,7 @@ class Session:
         self._cleanup.callback(lambda: self._hearing.close(self._patience.of(ASK_S)))
         self._grace_check: GraceCheck | None = None
         self._ending: Ending | None = None
+        self._attempt = 0
         self.writer: Writer | None = None
 
     @property
@@ -459,6 +461,9 @@ class Session:
         """An exception ends this attempt; leave word of it."""
         if self._ending is not None:
             self._ending.fail(error)
+        elif self._attempt:  # between its claim and its beginning; where the loop is, nobody can say
+            detail = f"{type(error).__name__}: {error}"[:500]
+            LastWord(self._home, self._attempt).say("failed", 0, detail=detail)
 
     def _stop_requested(self) -> str | None:
         return None if self._home.stat(STOP) is None else "a request to stop"

@@ -186,7 +186,8 @@ class SpotGuard:
         self._session = Session(self._options, on_event=self._on_event, trees=self._trees, place=self._place)
         try:
             self._start(self._session)
-        except BaseException:
+        except BaseException as error:
+            self._session.failed(error)
             self._session.close()
             raise
         self._entered = True

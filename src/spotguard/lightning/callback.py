@@ -98,7 +98,8 @@ class SpotGuardCallback(Callback):  # type: ignore[misc]
                 self._loaded = session.load()
                 if self._loaded is not None:
                     check_payload(self._loaded, session.uri)
-            except BaseException:
+            except BaseException as error:
+                session.failed(error)
                 session.close()
                 raise
             self._session = session
@@ -169,6 +170,8 @@ class SpotGuardCallback(Callback):  # type: ignore[misc]
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:  # noqa: ARG002
         """After a stop, have the teardown hooks called that Lightning leaves out when it is left by an exception."""
         if self._fit is None or not isinstance(exception, Preempted):
+            if self._session is not None:
+                self._session.failed(exception)
             self.close()
             return
         call = importlib.import_module(f"{host_of(trainer)}.trainer.call")
@@ -205,8 +208,7 @@ class SpotGuardCallback(Callback):  # type: ignore[misc]
             fit.end()
             whole = True
         except BaseException as error:
-            if session.stopped is None:
-                session.failed(error)
+            session.failed(error)
             raise
         finally:
             fit.close(drain=not whole)

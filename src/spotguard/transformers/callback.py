@@ -91,7 +91,8 @@ class SpotGuardTrainerCallback(TrainerCallback):  # type: ignore[misc]
                 if self._loaded is not None:
                     check_payload(self._loaded, session.uri)
                     self._last = self._loaded.checkpoint
-            except BaseException:
+            except BaseException as error:
+                session.failed(error)
                 session.close()
                 raise
             self._session = session
@@ -176,7 +177,7 @@ class SpotGuardTrainerCallback(TrainerCallback):  # type: ignore[misc]
                     bound.arguments["resume_from_checkpoint"] = folder
                 result = inner(*bound.args, **bound.kwargs)
         except BaseException as error:
-            if self._session is not None and self._session.stopped is None:
+            if self._session is not None:
                 self._session.failed(error)
             # In an exception the loop may be anywhere inside a step: live state is not saved.
             self._close(drain=True)

@@ -134,7 +134,8 @@ def examine_ancestors(above: list[Process], first: Process | None, *, in_contain
                     "pid-1",
                     "info",
                     f"{what}, and nobody clears away processes that have lost their parent",
-                    "see that it is the training itself, or passes signals on; 'docker run --init' does both",
+                    "see that it passes signals on ('docker run --init' does both), or is the training itself, with "
+                    "'import spotguard.early' first: the kernel drops what process 1 has no handler for",
                 )
             )
         else:

@@ -18,7 +18,7 @@ __all__ = ["examine_training", "signal_of_training", "training_of"]
 
 _PROC = Path("/proc")
 _SLACK_S = 2.0  # the kernel tells when a process began to a hundredth, and when it booted to a second
-_EARLIER = "enter SpotGuard before whatever takes long in the script: until then nobody is there to hear it"
+_EARLIER = "begin the script with 'import spotguard.early', and enter SpotGuard as soon as can be"
 
 
 def training_of(store: ObjectStore) -> int | None:
