@@ -1,6 +1,7 @@
 """``spotguard rehearse --platform``: what each platform delivers, to real processes, with times scaled down."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -130,3 +131,40 @@ def test_torchrun_makes_1_of_every_status_and_the_run_itself_tells(rehearse: Any
     assert (report["verdict"], report["reasons"]) == ("safe", [])
     stopped = starts(report)["torchrun stopped"]
     assert (stopped["exit_code"], stopped["exit_state"], stopped["stopped"]) == (1, "preempted", 143)
+
+
+def test_a_save_that_does_not_fit_into_the_grace_is_told_with_the_figures(rehearse: Any) -> None:
+    train = script(3)
+    options = ["--platform", "k8s", "--grace", "1s", "--slow-store", "400ms"]
+    report = report_of(rehearse(*options, "--", sys.executable, train), 1)
+    assert report["verdict"] == "unsafe"
+    (reason,) = report["reasons"]
+    assert re.search(r"killed after 'pod deleted' .* needed \d+\.\d s, 1\.0 s given", reason)
+    assert "set terminationGracePeriodSeconds in the pod" in reason
+    assert all(member["identical"] is not False for member in report["members"]), "no bit is wrong for all that"
+    page = Path("rehearsal/report.html").read_text()
+    assert "on k8s, with a grace of 1.0 s, writing made slow: 400.0 ms for every object" in page
+    assert "--platform k8s --grace 1s --slow-store 0.4s" in page
+
+
+def test_a_run_that_is_shorter_than_the_notice_is_told_so(rehearse: Any) -> None:
+    result = rehearse("--platform", "aws", "--", sys.executable, script(1))
+    assert result.exit_code == 2
+    assert "With a grace of 2 min the notices take" in result.output
+    assert "train longer" in result.output
+
+
+def test_what_makes_no_sense_is_an_error_of_use(rehearse: Any) -> None:
+    for options, told in [
+        (["--platform", "moon"], "write one of aws, gcp, azure, k8s, slurm, sagemaker, torchrun"),
+        (["--grace", "10s"], "name the platform with --platform"),
+        (["--slow-store", "very"], "such as 2s, or a rate, such as 10MB/s"),
+    ]:
+        result = rehearse(*options, "--", sys.executable, "train.py")
+        assert (result.exit_code, told in result.output) == (2, True), result.output
+
+
+def test_torchrun_that_is_not_there_is_an_error_of_use(rehearse: Any) -> None:
+    result = rehearse("--platform", "torchrun", "--", sys.executable, script(1))
+    assert result.exit_code == 2
+    assert "write the command as you start it, torchrun and all" in result.output
