@@ -1,6 +1,7 @@
 """How long the steps of a loop take."""
 
 import collections
+import itertools
 import time
 
 from spotguard.policies import p95
@@ -9,7 +10,10 @@ __all__ = ["Pace"]
 
 
 class Pace:
-    """Measures from boundary to boundary, over the last 100 steps. What is done at a boundary is no part of a step.
+    """Measures from boundary to boundary, over the last hundred steps or so. What is done at a boundary is no part of a step.
+
+    Attributes:
+        boundary: To be called with the instant (monotonic seconds) at which a step is over. All that an ordinary step pays.
 
     Example:
         >>> pace = Pace()
@@ -20,20 +24,17 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self._took: collections.deque[float] = collections.deque(maxlen=100)
-        self._since: float | None = None
-
-    def boundary(self, now: float) -> None:
-        """A step is over, at this instant (monotonic seconds). All that an ordinary step pays."""
-        if self._since is not None:
-            self._took.append(now - self._since)
-        self._since = now
+        self._instants: collections.deque[float] = collections.deque(
+            maxlen=128
+        )  # of ends; negative ones are of beginnings
+        self.boundary = self._instants.append
 
     def resume(self) -> None:
         """What there was to do at the boundary is done."""
-        self._since = time.monotonic()
+        self._instants.append(-time.monotonic())
 
     @property
     def step_s(self) -> float:
         """Seconds that 95 of 100 steps do not exceed; 0.0 before the first."""
-        return p95(self._took) or 0.0
+        pairs = itertools.pairwise(tuple(self._instants))
+        return p95(end - abs(begin) for begin, end in pairs if end > 0) or 0.0
