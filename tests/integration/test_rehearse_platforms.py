@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 model = torch.nn.Linear(4, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
 data = torch.utils.data.TensorDataset(torch.linspace(-1, 1, 1600).view(400, 4), torch.ones(400, 1))
-loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True)
+loader = torch.utils.data.DataLoader(data, batch_size=4, shuffle=True, num_workers={workers})
 try:
     with SpotGuard("runs/here", TrainState(model=model, optimizer=optimizer), {arguments}) as guard:
         for epoch in guard.epochs({epochs}):
@@ -48,9 +48,9 @@ def rehearse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
-def script(epochs: int, arguments: str = "") -> str:
+def script(epochs: int, arguments: str = "", workers: int = 0) -> str:
     """Trains for a little more than a second per epoch."""
-    Path("train.py").write_text(SCRIPT.format(epochs=epochs, arguments=arguments))
+    Path("train.py").write_text(SCRIPT.format(epochs=epochs, arguments=arguments, workers=workers))
     return "train.py"
 
 
@@ -118,8 +118,8 @@ def test_a_shell_as_process_1_keeps_the_signal_to_itself_and_that_is_told(rehear
     assert starts(report)["pod deleted"]["exit_code"] == -9
 
 
-def test_slurm_signals_the_whole_step(rehearse: Any) -> None:
-    report = report_of(rehearse("--platform", "slurm", "--grace", "20s", "--", sys.executable, script(2)))
+def test_slurm_signals_the_whole_step_with_the_workers_of_the_loader(rehearse: Any) -> None:
+    report = report_of(rehearse("--platform", "slurm", "--grace", "20s", "--", sys.executable, script(2, workers=1)))
     assert (report["verdict"], report["reasons"], report["notes"]) == ("safe", [], [])
     assert [starts(report)[name]["exit_code"] for name in ("time limit", "preempted")] == [143, 143]
     assert delivered(starts(report)["time limit"]) == ["SIGUSR1 to all processes"]

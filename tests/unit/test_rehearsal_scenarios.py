@@ -426,3 +426,11 @@ def test_steps_that_were_lost_though_there_was_a_notice_are_noted() -> None:
     word, _, notes = verdict(first, one, "azure")
     assert word == "safe"
     assert re.search(r"nothing new was committed, and 7 steps had to be done again: .* 30.0 s were given", notes)
+
+
+def test_the_documentation_names_every_scenario() -> None:
+    page = (Path(__file__).parents[2] / "docs/how-to/rehearse-a-platform.md").read_text()
+    for platform, grace_s in GRACES.items():
+        assert f"`{platform}`" in page
+        for one in scenarios(platform, grace_s):
+            assert f"| {one.name} |" in page, one.name

@@ -15,9 +15,11 @@ from typing import Any
 
 __all__ = ["worker_init"]
 
+_ASKED_FOR = (signal.SIGUSR1, signal.SIGUSR2)  # SLURM sends to every process of a step what --signal names
+
 
 class worker_init:  # noqa: N801 - a function with state; a closure could not be pickled for spawned workers
-    """Worker set-up: hear neither SIGTERM nor SIGINT, end with the process that started it, then run the user's own ``worker_init_fn``.
+    """Worker set-up: hear no signal that stops a training, end with who started it, then run the user's own ``worker_init_fn``.
 
     A stop that is delivered to the whole process group (Ctrl-C, SLURM, ``docker stop``) would otherwise kill the workers, and with them
     the step that has to be finished before the save. What a worker starts hears signals as it would anywhere: a handler, even one that
@@ -88,10 +90,12 @@ def _own_leash() -> _Leash:
 
 
 def _go_deaf() -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, *_ASKED_FOR):
         before = signal.getsignal(number)
         if number == signal.SIGINT and before is signal.SIG_IGN:
             continue  # by whoever started the training, and for all that it starts
+        if number in _ASKED_FOR and before is not signal.SIG_DFL:
+            continue  # somebody has a use for it
         signal.signal(number, _unheard)
         signal.siginterrupt(number, False)  # noqa: FBT003 - it takes no name
         os.register_at_fork(after_in_child=functools.partial(signal.signal, number, before or signal.SIG_DFL))
