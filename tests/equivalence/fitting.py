@@ -372,6 +372,13 @@ class Book(Logger):
         pass
 
 
+def settle(guard: Any) -> None:
+    """Let the save under way be finished."""
+    session = getattr(guard, "_session", None)
+    if session is not None and session.writer is not None:
+        assert session.writer.drain(60.0)
+
+
 def fit(
     case: Case, folder: Path, tick: Tick, guarded_by: Callable[..., Any] = SpotGuardCallback, **guard_options: Any
 ) -> pl.Trainer:
@@ -388,6 +395,10 @@ def fit(
     class Watch(Callback):
         def on_train_start(self, *_: Any) -> None:
             active[0] = True
+
+        def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, number: int) -> None:
+            if number % 2:  # else a fit as fast as this would mostly be killed before it has saved anything
+                settle(guard)
 
         def on_train_batch_end(self, *_: Any) -> None:
             tick("end of batch")

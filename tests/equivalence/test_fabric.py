@@ -99,6 +99,7 @@ def train(
     with SpotGuard(fabric, run, state, every=4, keep=2) as guard:
         for _ in guard.epochs(EPOCHS):
             for batch in guard.batches(loader):
+                training.await_last_save(guard)
                 do(guard.step, guard.batch, *batch)
             scheduler.step()
             tick()
@@ -121,6 +122,7 @@ def test_a_stop_at_any_tick_leaves_no_trace(case: FabricCase, number: signal.Sig
     finish(case, tmp_path / "untouched")
     ticks = int((tmp_path / "untouched" / "ticks").read_text())
     assert ticks == EPOCHS * 13
+    steps = []
     for tick in range(int(number == signal.SIGTERM), ticks, 2):  # the two signals take turns: a tick has one of them
         folder = tmp_path / f"{number.name}-{tick}"
         status = run_once(case, folder, kill_at=tick, number=number)
@@ -128,7 +130,9 @@ def test_a_stop_at_any_tick_leaves_no_trace(case: FabricCase, number: signal.Sig
         assert status in allowed, (folder / "stderr.txt").read_text()
         if status:
             finish(case, folder)
+            steps.append(training.resumed_from(folder))
         assert_same(tmp_path / "untouched", folder, f"{number.name} at tick {tick}")
+    assert len(set(steps)) >= 3, f"the second start went on from {steps}"
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.workers == 0], ids=str)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from equivalence.training import Case, assert_same, run_once
+from equivalence.training import Case, assert_same, resumed_from, run_once
 
 GRID = [
     Case(loader, workers, accumulate)
@@ -38,14 +38,19 @@ def finish(case: Case, folder: Path) -> None:
     assert status == 0, (folder / "stderr.txt").read_text()
 
 
+def kill_and_finish(case: Case, untouched: Path, folder: Path, tick: int) -> int:
+    """SIGKILL at that tick, and the next start; returns the step from which that one went on."""
+    assert run_once(case, folder, kill_at=tick) == -signal.SIGKILL, (folder / "stderr.txt").read_text()
+    finish(case, folder)
+    assert_same(untouched, folder, f"SIGKILL at tick {tick}")
+    return resumed_from(folder)
+
+
 @pytest.mark.parametrize("case", GRID, ids=str)
 def test_sigkill_at_every_boundary(case: Case, tmp_path: Path) -> None:
     untouched, ticks = untouched_run(case, tmp_path)
-    for tick in range(ticks):
-        folder = tmp_path / f"kill-{tick}"
-        assert run_once(case, folder, kill_at=tick) == -signal.SIGKILL, (folder / "stderr.txt").read_text()
-        finish(case, folder)
-        assert_same(untouched, folder, f"SIGKILL at tick {tick}")
+    steps = [kill_and_finish(case, untouched, tmp_path / f"kill-{tick}", tick) for tick in range(ticks)]
+    assert len(set(steps)) >= 4, f"the second start went on from {steps}"
 
 
 @pytest.mark.parametrize("case", [case for case in GRID if case.accumulate == 4], ids=str)
@@ -78,8 +83,5 @@ def test_three_kills_in_one_run(case: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", MORE, ids=str)
 def test_sigkill_at_sampled_boundaries_of_further_loaders(case: Case, tmp_path: Path) -> None:
     untouched, ticks = untouched_run(case, tmp_path)
-    for tick in range(1, ticks, 5):
-        folder = tmp_path / f"kill-{tick}"
-        assert run_once(case, folder, kill_at=tick) == -signal.SIGKILL, (folder / "stderr.txt").read_text()
-        finish(case, folder)
-        assert_same(untouched, folder, f"SIGKILL at tick {tick}")
+    steps = [kill_and_finish(case, untouched, tmp_path / f"kill-{tick}", tick) for tick in range(1, ticks, 5)]
+    assert len(set(steps)) >= 3, f"the second start went on from {steps}"

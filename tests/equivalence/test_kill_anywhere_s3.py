@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from equivalence.test_kill_anywhere import finish, untouched_run
-from equivalence.training import Case, assert_same, run_once
+from equivalence.test_kill_anywhere import finish, kill_and_finish, untouched_run
+from equivalence.training import Case, assert_same, resumed_from, run_once
 from servers import S3Server
 
 CASES = [Case("shuffle", 0, 4), Case("generator", 2, 1), Case("stateful", 0, 1)]
@@ -27,14 +27,34 @@ def folder_in(bucket: str, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_sigkill_at_boundaries_of_a_run_in_a_bucket(case: Case, tmp_path: Path, bucket: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "first", "every"),
+    [*((CASES[0], first, 3) for first in range(3)), *((case, 1, 6) for case in CASES[1:])],
+    ids=str,
+)
+def test_sigkill_at_boundaries_of_a_run_in_a_bucket(
+    case: Case, first: int, every: int, tmp_path: Path, bucket: str
+) -> None:
+    """At each of them, in the first case."""
     untouched, ticks = untouched_run(case, tmp_path)
-    for tick in range(0, ticks, ticks // 6):
-        folder = folder_in(bucket, tmp_path / f"kill-{tick}")
-        assert run_once(case, folder, kill_at=tick) == -signal.SIGKILL, (folder / "stderr.txt").read_text()
-        finish(case, folder)
-        assert_same(untouched, folder, f"SIGKILL at tick {tick}")
+    steps = [
+        kill_and_finish(case, untouched, folder_in(bucket, tmp_path / f"kill-{tick}"), tick)
+        for tick in range(first, ticks, every)
+    ]
+    assert len(set(steps)) >= 3, f"the second start went on from {steps}"
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_sigterm_at_boundaries_of_a_run_in_a_bucket(case: Case, tmp_path: Path, bucket: str) -> None:
+    untouched, ticks = untouched_run(case, tmp_path)
+    for tick in range(0, ticks, 4 if case is CASES[0] else 9):
+        folder = folder_in(bucket, tmp_path / f"term-{tick}")
+        status = run_once(case, folder, kill_at=tick, number=signal.SIGTERM)
+        assert status in (143, 0), (folder / "stderr.txt").read_text()  # 0: the notice came at the very end
+        if status == 143:
+            finish(case, folder)
+            assert resumed_from(folder) > 0
+        assert_same(untouched, folder, f"SIGTERM at tick {tick}")
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

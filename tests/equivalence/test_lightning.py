@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from equivalence.fitting import CASES, Case, assert_same_fit, run_fit
+from equivalence.training import resumed_from
 
 Record = Callable[[str, object], None]
 
@@ -17,11 +18,14 @@ def test_a_fit_that_is_killed_anywhere_ends_the_same(case: Case, tmp_path: Path,
     record_property("column", "SIGKILL in every batch")
     untouched = tmp_path / "untouched"
     assert run_fit(case, untouched) == 0, (untouched / "stderr.txt").read_text()
+    steps = []
     for tick in range(int((untouched / "ticks").read_text())):
         folder = tmp_path / f"kill-{tick}"
         assert run_fit(case, folder, kill_at=tick) == -signal.SIGKILL
         assert run_fit(case, folder) == 0, (folder / "stderr.txt").read_text()
         assert_same_fit(untouched, folder, f"SIGKILL at tick {tick}", once=False)
+        steps.append(resumed_from(folder))
+    assert len(set(steps)) >= 3, f"the second start went on from {steps}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.feature)

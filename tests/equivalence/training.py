@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import sys
 import traceback
@@ -24,7 +25,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, S
 from spotguard import CheckpointStore, SpotGuard, TrainState
 from spotguard.state.compare import first_difference
 
-EPOCHS, SAMPLES, BATCH = 3, 22, 4
+EPOCHS, SAMPLES, BATCH, EVERY = 3, 22, 4, 4
+PATIENCE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,20 @@ def place_of(folder: Path) -> str:
     return named.read_text() if named.exists() else str(folder / "run")
 
 
+def await_last_save(guard: SpotGuard) -> None:
+    """Halfway to the next save, the last one is done. Else a loop as fast as this would mostly be killed before it has saved anything."""
+    if guard.step % EVERY == EVERY // 2:
+        assert guard._session is not None
+        assert guard._session.writer is not None
+        assert guard._session.writer.drain(PATIENCE_S)
+
+
+def resumed_from(folder: Path) -> int:
+    """Step from which the last start went on; 0 for a fresh start."""
+    said = re.findall(r"fresh start|resumed from .*: step (\d+)", (folder / "stderr.txt").read_text())
+    return int(said[-1] or 0)
+
+
 def train(case: Case, run: str, tick: Callable[[], None], ledger: Callable[[int, list[int]], None]) -> None:
     """The user's script."""
     torch.manual_seed(3)
@@ -109,9 +125,10 @@ def train(case: Case, run: str, tick: Callable[[], None], ledger: Callable[[int,
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS)
     loader = make_loader(case)
     state = TrainState(model=model, optimizer=optimizer, scheduler=scheduler)
-    with SpotGuard(run, state, every=4, keep=2) as guard:
+    with SpotGuard(run, state, every=EVERY, keep=2) as guard:
         for _ in guard.epochs(EPOCHS):
             for index, x, y in guard.batches(loader):
+                await_last_save(guard)
                 tick()
                 ledger(guard.step, index.tolist() if isinstance(index, torch.Tensor) else [index])
                 x, y = x.reshape(-1, 4), y.reshape(-1, 2)
