@@ -1,17 +1,23 @@
 """What every source of notices has to do, over real HTTP, and what each service has of its own."""
 
+import contextlib
 import datetime as dt
+import email.utils
 import json
 import logging
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from spotguard.guard.budget import Budget
 from spotguard.notices import (
     AwsSource,
     AzureSource,
@@ -19,12 +25,17 @@ from spotguard.notices import (
     GoogleSource,
     NoticeSource,
     NoticeWatcher,
+    PollingSource,
     PreemptionNotice,
     UrlSource,
 )
-from spotguard.notices.metadata import MetadataClient
 from spotguard.testing._service import Service as Fake
 from spotguard.testing.metadata import FakeAws, FakeAzure, FakeGoogle, Reply, Request
+from spotguard.notices.metadata import MetadataClient, Poller
+from spotguard.notices.platforms import Platform
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SOON = 0.02  # seconds between two questions
 
@@ -36,6 +47,55 @@ class FakeUrl(Fake):
 
     def answer(self, request: Request) -> Reply:
         return Reply(204) if self.notice is None else Reply(200, json.dumps(self.notice))
+
+
+class Raw:
+    """A server that answers every request with the same bytes, and then hangs up, or holds the line."""
+
+    def __init__(self, text: bytes, *, hold: bool = False) -> None:
+        self.accepted = 0
+        self._text, self._hold = text, hold
+        self._over = threading.Event()
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def _serve(self) -> None:
+        while not self._over.is_set():
+            connection, _ = self._socket.accept()
+            with connection, contextlib.suppress(OSError):
+                self.accepted += 1
+                if connection.recv(65536):
+                    connection.sendall(self._text)
+                    self._over.wait(10 if self._hold else 0)
+
+    def __enter__(self) -> "Self":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        socket.create_connection(self._socket.getsockname()).close()  # it may wait for one
+        self._thread.join(10)
+        self._socket.close()
+
+
+@contextlib.contextmanager
+def over_ipv6(fake: Any) -> Iterator[str]:
+    """Another address of the same fake."""
+
+    class Server(ThreadingHTTPServer):
+        address_family = socket.AF_INET6
+        daemon_threads = True
+
+    with Server(("::1", 0), fake._server.RequestHandlerClass) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        yield f"[::1]:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
 
 
 class Listening:
@@ -248,6 +308,144 @@ def test_two_sources_at_once_are_one_notice_that_of_the_earlier_deadline(listen:
         assert listening.watcher.notice.source == "azure"
 
 
+def test_a_source_that_was_used_before_hears_as_well_the_second_time(
+    service: Service, listen: Callable[..., Listening]
+) -> None:
+    source = service.source()
+    service.announce()
+    first = listen(source)
+    first.wait()
+    first.watcher.close()
+    again = listen(source)
+    assert again.wait().action == "stop", "what still stands is news to the second"
+    service.take_back()
+    assert again.wait(2).action == "withdrawn"
+    service.announce()
+    assert again.wait(3).action == "stop"
+
+
+def test_a_connection_is_kept_from_one_question_to_the_next_and_made_anew_when_the_service_hangs_up(
+    service: Service, listen: Callable[..., Listening]
+) -> None:
+    accepted: list[socket.socket] = []
+    accept = service.fake._server.get_request
+
+    def keep() -> Any:
+        found = accept()
+        accepted.append(found[0])
+        return found
+
+    service.fake._server.get_request = keep
+    listening = listen(service.source())
+    service.settle(6 if service.name != "google" else 2)
+    assert len(accepted) <= 2, "the two keys of Google are two questions at once"
+    for connection in accepted:
+        with contextlib.suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+    service.announce()
+    assert listening.wait().action == "stop"
+
+
+@pytest.mark.parametrize("framing", ["chunked", "until the end", "HTTP/1.0"])
+def test_an_answer_may_be_framed_in_any_way_of_http(framing: str) -> None:
+    body = b'{"action": "stop"}'
+    answers = {
+        "chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n%b\r\n%x;x=y\r\n%b\r\n0\r\nTrailer: x\r\n\r\n"
+        % (body[:5], len(body) - 5, body[5:]),
+        "until the end": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n\r\n" + body,
+        "HTTP/1.0": b"HTTP/1.0 200 OK\nContent-Length: %d\n\n%b" % (len(body), body),
+    }
+    with Raw(answers[framing]) as raw:
+        client = MetadataClient(raw.endpoint)
+        with client.watching():
+            assert [client.get("/").text for _ in range(2)] == [body.decode()] * 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"SSH-2.0-OpenSSH_9.6\r\n\r\n",
+        b"HTTP/1.1 OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nlong\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nhalf",
+        b"x" * 200_000,
+    ],
+)
+def test_what_is_no_answer_is_an_oserror(text: bytes) -> None:
+    with Raw(text) as raw, pytest.raises(OSError, match=r"no HTTP|hung up|reset"):
+        MetadataClient(raw.endpoint).get("/")
+
+
+def test_a_service_that_dribbles_is_not_listened_to_for_ever() -> None:
+    with Raw(b"HTTP/1.1 200 OK\r\n", hold=True) as raw, pytest.raises(TimeoutError):
+        MetadataClient(raw.endpoint, timeout=0.2).get("/")
+
+
+def test_a_request_of_two_lines_is_refused() -> None:
+    with pytest.raises(ValueError, match="no such request"):
+        MetadataClient("http://127.0.0.1:1").get("/", {"Metadata": "true\r\nX-Forwarded-For: 10.0.0.1"})
+
+
+def test_a_request_is_sent_as_often_as_it_was_said() -> None:
+    with Raw(b"") as raw:
+        with pytest.raises(ConnectionError):
+            MetadataClient(raw.endpoint, attempts=3).get("/")
+        assert raw.accepted == 3
+
+
+@pytest.mark.parametrize("service", ["aws", "azure", "url"], indirect=True)
+def test_it_is_heard_over_ipv6(service: Service, listen: Callable[..., Listening]) -> None:
+    with over_ipv6(service.fake) as address:
+        service.announce()
+        assert listen(service.source(f"http://{address}")).wait().action == "stop"
+
+
+def test_an_ipv6_address_without_a_port_is_not_cut_in_two() -> None:
+    for scheme in ("http", "https"):
+        with pytest.raises(ConnectionRefusedError):  # nothing listens there; it is no name that is not known
+            MetadataClient(f"{scheme}://[::1]").get("/")
+
+
+def test_after_a_failure_it_is_asked_again_in_a_second_and_then_ever_more_seldom(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits: list[float] = []
+
+    class Stop(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout or 0.0)
+            return len(waits) == 8
+
+    def ask() -> float | None:
+        if len(waits) in (0, 7):
+            return None
+        raise ConnectionError
+
+    Poller("x", 5.0).run(ask, Stop())
+    assert waits == [pytest.approx(one, rel=0.11) for one in (5, 1, 2, 4, 8, 16, 30, 5)]
+    assert len({wait / round(wait) for wait in waits}) > 1, "no two machines in step"
+
+
+def test_a_wall_clock_that_is_off_changes_nothing_where_the_service_says_what_time_it_is(
+    listen: Callable[..., Listening],
+) -> None:
+    """The notice of 120 s is by a clock that is three minutes behind ours."""
+
+    class Behind(FakeAws):
+        def answer(self, request: Request) -> Reply:
+            reply = super().answer(request)
+            now = dt.datetime.now(dt.timezone.utc) - dt.timedelta(minutes=3)
+            return reply._replace(headers={**reply.headers, "Date": email.utils.format_datetime(now, usegmt=True)})
+
+    with Behind() as aws:
+        aws.interrupt(in_s=120 - 180)
+        notice = listen(AwsSource(aws.endpoint, SOON)).wait()
+    assert 115 < left(notice) <= 121
+    assert notice.firm
+
+
 # -- EC2 ---------------------------------------------------------------------------------------------------------------------------
 
 
@@ -276,7 +474,6 @@ def test_the_deadline_is_the_time_of_the_notice(aws: FakeAws, listen: Callable[.
         ('{"action": "terminate", "time": "soon"}', 119, 121),
         ('{"action": "terminate", "time": 7}', 119, 121),
         ("not JSON at all", 119, 121),
-        ('{"action": "terminate", "time": "2017-09-18T08:22:00Z"}', 0, 1),
         ('{"action": "hibernate", "time": "2099-09-18T08:22:00Z"}', 0, 1),
     ],
 )
@@ -286,6 +483,111 @@ def test_whatever_stands_there_is_a_notice(
     aws.items["spot/instance-action"] = text
     notice = listen(AwsSource(aws.endpoint, SOON)).wait()
     assert least - 0.5 <= left(notice) <= most
+
+
+def test_a_notice_of_long_ago_that_still_stands_is_passed_over_with_one_warning(
+    aws: FakeAws, listen: Callable[..., Listening], caplog: pytest.LogCaptureFixture
+) -> None:
+    aws.interrupt(in_s=-660)  # EC2 has not done it
+    listening = listen(AwsSource(aws.endpoint, SOON))
+    aws.wait_for(6, "instance-action")
+    assert listening.heard == []
+    assert sum("still stands" in record.getMessage() for record in caplog.records) == 1
+    aws.interrupt(in_s=60)
+    assert listening.wait().action == "stop"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"action": "terminate", "time": "TIME"}',
+        '{"action": "hibernate", "time": "TIME"}',
+        '{"action": "terminate"}',
+    ],
+)
+def test_what_is_due_already_or_is_a_guess_binds_nobody(
+    aws: FakeAws, listen: Callable[..., Listening], text: str
+) -> None:
+    instant = dt.datetime.now(dt.timezone.utc) - dt.timedelta(seconds=20)
+    aws.items["spot/instance-action"] = text.replace("TIME", instant.isoformat(timespec="seconds"))
+    notice = listen(AwsSource(aws.endpoint, SOON)).wait()
+    assert not notice.firm
+    deadline = Budget(Platform("aws")).deadline_of(notice)
+    assert deadline is not None
+    assert not deadline.firm
+
+
+def test_one_that_lies_ahead_is_firm(aws: FakeAws, listen: Callable[..., Listening]) -> None:
+    aws.interrupt(in_s=60)
+    deadline = Budget(Platform("aws")).deadline_of(listen(AwsSource(aws.endpoint, SOON)).wait())
+    assert deadline is not None
+    assert deadline.firm
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("rebalance", 500), ("rebalance", 403), ("target-lifecycle-state", 403), ("maintenance", 503), ("termination", 0)],
+)
+def test_trouble_with_one_path_puts_off_no_other(listen: Callable[..., Listening], path: str, status: int) -> None:
+    class Partly(FakeAws):
+        def answer(self, request: Request) -> Reply:
+            if path not in request.path:
+                return super().answer(request)
+            return Reply(status) if status else Reply(200, "no time at all")
+
+    with Partly() as aws:
+        listening = listen(AwsSource(aws.endpoint, SOON))
+        aws.wait_for(20, "instance-action")
+        assert sum(path in one.path for one in aws.requests) < 10
+        aws.interrupt()
+        assert listening.wait().kind == "preemption"
+
+
+def test_the_notice_of_older_services_is_heard_where_there_is_no_other(
+    aws: FakeAws, listen: Callable[..., Listening]
+) -> None:
+    instant = dt.datetime.now(dt.timezone.utc) + dt.timedelta(seconds=100)
+    aws.items["spot/termination-time"] = instant.isoformat(timespec="seconds").replace("+00:00", "Z")
+    listening = listen(AwsSource(aws.endpoint, SOON))
+    assert 95 < left(listening.wait()) <= 101
+
+
+def test_with_both_the_newer_one_is_heard(aws: FakeAws, listen: Callable[..., Listening]) -> None:
+    aws.interrupt(in_s=100)
+    aws.items["spot/termination-time"] = json.loads(aws.items["spot/instance-action"])["time"]
+    listening = listen(AwsSource(aws.endpoint, SOON))
+    aws.wait_for(2, "termination-time")
+    assert [one.detail.partition(" at")[0] for one in listening.heard] == ["EC2: spot terminate"]
+
+
+def test_a_token_that_is_still_good_is_used_while_there_is_no_new_one(listen: Callable[..., Listening]) -> None:
+    class Stingy(FakeAws):
+        def answer(self, request: Request) -> Reply:
+            if request.method == "PUT" and self._tokens:
+                return Reply(503)
+            return super().answer(request)
+
+    with Stingy() as aws:
+        aws.lifetime_s = 50  # less than the minute that is kept in hand
+        listening = listen(AwsSource(aws.endpoint, SOON))
+        aws.wait_for(6, "instance-action")
+        aws.interrupt()
+        assert listening.wait().action == "stop"
+
+
+@pytest.mark.parametrize("given", ["0.3", "soon", "-1", "nan"])
+def test_the_patience_of_botocore_is_taken_over_where_it_makes_sense(
+    listen: Callable[..., Listening], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, given: str
+) -> None:
+    monkeypatch.setenv("AWS_METADATA_SERVICE_TIMEOUT", given)
+    monkeypatch.setenv("AWS_METADATA_SERVICE_NUM_ATTEMPTS", "2")
+    with FakeAws(v2_only=False, hop_limit_hang=given == "0.3") as aws:
+        began = time.monotonic()
+        AwsSource(aws.endpoint).get("instance-type")
+        assert (time.monotonic() - began) < 2.0
+        asked = [one.method for one in aws.requests]
+    assert asked == (["PUT", "PUT", "GET"] if given == "0.3" else ["PUT", "GET"])
+    assert ("AWS_METADATA_SERVICE_TIMEOUT" in caplog.text) is (given != "0.3")
 
 
 def test_an_expired_token_is_renewed_and_the_question_asked_again(
@@ -348,11 +650,11 @@ def test_without_the_first_version_nothing_is_asked_without_a_token(
 
 
 def test_the_variables_that_botocore_reads_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert AwsSource()._client.base == "http://169.254.169.254"
+    assert AwsSource()._imds.client.base == "http://169.254.169.254"
     monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE", "IPv6")
-    assert AwsSource()._client.base == "http://[fd00:ec2::254]"
+    assert AwsSource()._imds.client.base == "http://[fd00:ec2::254]"
     monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://127.0.0.1:1338/")
-    assert AwsSource()._client.base == "http://127.0.0.1:1338/"
+    assert AwsSource()._imds.client.base == "http://127.0.0.1:1338/"
 
 
 def test_where_it_is_disabled_nothing_is_asked(
@@ -382,13 +684,13 @@ def test_maintenance_is_a_save_and_may_be_completed(aws: FakeAws, listen: Callab
     assert listening.wait(2).action == "withdrawn"
 
 
-def test_auto_scaling_that_takes_the_instance_is_a_notice_without_a_time(
+def test_auto_scaling_that_takes_the_instance_is_a_notice_without_a_time_to_train_through(
     aws: FakeAws, listen: Callable[..., Listening]
 ) -> None:
     aws.items["autoscaling/target-lifecycle-state"] = "Terminated"
     listening = listen(AwsSource(aws.endpoint, SOON))
     notice = listening.wait()
-    assert (notice.kind, notice.action, notice.deadline) == ("preemption", "stop", None)
+    assert (notice.kind, notice.action, notice.deadline) == ("maintenance", "stop", None)
     aws.items["autoscaling/target-lifecycle-state"] = "InService"
     assert listening.wait(2).action == "withdrawn"
 
@@ -439,13 +741,27 @@ def test_maintenance_of_the_host_is_a_save_and_may_be_withdrawn(
     assert listening.wait(2).action == "withdrawn"
 
 
-def test_a_key_that_is_not_there_is_given_up(google: FakeGoogle, listen: Callable[..., Listening]) -> None:
+def test_a_key_that_is_not_there_yet_is_asked_for_seldom_and_heard_when_it_is(
+    google: FakeGoogle, listen: Callable[..., Listening]
+) -> None:
     google.put("preempted", None)
     google.put("maintenance-event", None)
     listening = listen(GoogleSource(google.address, floor=SOON))
-    listening.watcher._threads[0].join(20)
-    assert not listening.watcher._threads[0].is_alive()
-    assert len(google.requests) == 6
+    google.wait_for(6)
+    google.preempt()
+    assert listening.wait().kind == "preemption"
+
+
+def test_how_often_a_key_may_be_missing_can_be_set(
+    google: FakeGoogle, listen: Callable[..., Listening], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GCE_METADATA_DETECT_RETRIES", "1")
+    google.put("preempted", None)
+    google.put("maintenance-event", None)
+    listen(GoogleSource(google.address, floor=0.5))
+    google.wait_for(2)
+    time.sleep(0.8)
+    assert len(google.requests) == 2
 
 
 def test_an_answer_of_somebody_else_is_no_news(listen: Callable[..., Listening]) -> None:
@@ -467,6 +783,37 @@ def test_a_server_that_does_not_wait_is_not_asked_in_a_hurry(
     google.wait_for(4)
     time.sleep(0.2)
     assert len(google.requests) <= 6
+
+
+def test_where_the_name_of_the_server_is_not_known_its_address_is_asked(
+    google: FakeGoogle, listen: Callable[..., Listening], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host, _, port = google.address.partition(":")
+    monkeypatch.setattr("spotguard.notices.google._NAME", f"nobody.invalid:{port}")
+    monkeypatch.setattr("spotguard.notices.google._ADDRESS", host)
+    for name in ("GCE_METADATA_HOST", "GCE_METADATA_ROOT", "GCE_METADATA_IP"):
+        monkeypatch.delenv(name, raising=False)
+    google.preempt()
+    assert listen(GoogleSource(floor=SOON)).wait().kind == "preemption"
+    assert google.requests[0].headers["host"] == f"nobody.invalid:{port}"
+
+
+def test_the_patience_of_googles_library_is_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GCE_METADATA_TIMEOUT", "0.2")
+    with Raw(b"", hold=True) as raw, pytest.raises(TimeoutError):
+        GoogleSource(raw.endpoint.removeprefix("http://")).get("instance/zone")
+
+
+def test_a_mode_that_is_not_supported_is_told_of(
+    google: FakeGoogle,
+    listen: Callable[..., Listening],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("GCE_METADATA_MTLS_MODE", "strict")
+    listen(GoogleSource(google.address))
+    google.wait_for(1)
+    assert "GCE_METADATA_MTLS_MODE=strict is not supported" in caplog.text
 
 
 def test_the_fake_refuses_what_google_refuses(google: FakeGoogle) -> None:
@@ -546,6 +893,33 @@ def test_the_first_request_may_take_its_time(listen: Callable[..., Listening]) -
         assert sum("scheduledevents" in one.path for one in azure.requests) == 1
 
 
+def test_an_event_of_ours_is_not_lost_where_our_name_cannot_be_asked_for(listen: Callable[..., Listening]) -> None:
+    class Throttled(FakeAzure):
+        throttling = False
+
+        def answer(self, request: Request) -> Reply:
+            return Reply(429) if self.throttling and "compute" in request.path else super().answer(request)
+
+    with Throttled(limit=10_000) as azure:
+        listening = listen(AzureSource(azure.endpoint, SOON))
+        azure.wait_for(3, "scheduledevents")
+        azure.name, azure.throttling = "renamed", True
+        azure.schedule("Preempt")
+        azure.wait_for(len(azure.requests) + 6)
+        assert listening.heard == []
+        azure.throttling = False
+        assert listening.wait().action == "stop"
+
+
+def test_an_event_that_may_begin_at_any_time_is_due_now_however_long_it_has_been(
+    azure: FakeAzure, listen: Callable[..., Listening]
+) -> None:
+    azure.schedule("Preempt", in_s=-3600)
+    notice = listen(AzureSource(azure.endpoint, SOON)).wait()
+    assert left(notice) < 1
+    assert not notice.firm
+
+
 def test_an_event_is_acknowledged_only_on_request_and_where_it_is_ours_alone(
     azure: FakeAzure, listen: Callable[..., Listening]
 ) -> None:
@@ -592,6 +966,55 @@ def test_a_file_may_say_how_long_and_what(tmp_path: Path, listen: Callable[..., 
     assert (notice.action, notice.detail) == ("save", "drill")
 
 
+@pytest.mark.parametrize("text", ["", '{"action": "sa'])
+def test_a_file_that_is_being_written_is_waited_for(
+    tmp_path: Path, listen: Callable[..., Listening], text: str
+) -> None:
+    path = tmp_path / "preempted"
+    path.write_text(text)
+    listening = listen(FileSource(path, SOON))
+    time.sleep(5 * SOON)
+    path.write_text('{"action": "save"}')
+    assert listening.wait().action == "save"
+    assert [one.action for one in listening.heard] == ["save"]
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"action": "sa'])
+def test_and_is_a_stop_where_it_stays_so(tmp_path: Path, listen: Callable[..., Listening], text: str) -> None:
+    path = tmp_path / "preempted"
+    path.write_text(text)
+    assert listen(FileSource(path, SOON)).wait().action == "stop"
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=lambda make: make.__name__)
+def test_whatever_is_there_in_place_of_a_file_is_a_stop_and_holds_nobody_up(
+    tmp_path: Path, listen: Callable[..., Listening], make: Callable[[Path], None]
+) -> None:
+    make(tmp_path / "preempted")
+    assert listen(FileSource(tmp_path / "preempted", SOON)).wait().action == "stop"
+
+
+def test_a_file_that_is_written_anew_is_read_anew(tmp_path: Path, listen: Callable[..., Listening]) -> None:
+    path = tmp_path / "preempted"
+    path.write_text('{"action": "save"}')
+    os.utime(path, (1, 1))  # long settled
+    listening = listen(FileSource(path, SOON))
+    assert listening.wait().action == "save"
+    time.sleep(3 * SOON)
+    path.write_text('{"action": "stop"}')
+    assert listening.wait(2).action == "stop"
+
+
+def test_a_file_of_long_ago_is_not_heeded(tmp_path: Path, listen: Callable[..., Listening]) -> None:
+    path = tmp_path / "preempted"
+    path.write_text('{"deadline": "2017-09-18T08:22:00Z"}')
+    listening = listen(FileSource(path, SOON))
+    time.sleep(5 * SOON)
+    assert listening.heard == []
+    path.write_text('{"grace": "30s"}')
+    assert listening.wait().action == "stop"
+
+
 def test_a_url_may_say_how_long_and_what(listen: Callable[..., Listening]) -> None:
     with FakeUrl() as fake:
         fake.notice = {"action": "save", "detail": "drain at noon", "grace": "nonsense"}
@@ -620,3 +1043,22 @@ def test_a_wall_clock_that_jumps_afterwards_changes_no_deadline(
     aws.wait_for(len(aws.requests) + 6)
     assert len(listening.heard) == 1
     assert left(listening.heard[0]) > 100
+
+
+# -- a question of our own ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("costs_s", "seldom"), [(0.0, False), (0.02, True)])
+def test_a_look_that_costs_much_is_taken_seldom(listen: Callable[..., Listening], costs_s: float, seldom: bool) -> None:
+    looks: list[float] = []
+
+    def look() -> None:
+        looks.append(time.monotonic())
+        until = time.thread_time() + costs_s
+        while time.thread_time() < until:
+            pass
+
+    listening = listen()
+    listening.watcher.watch(PollingSource("request", look, 0.001))
+    time.sleep(1.0)
+    assert (len(looks) == 1) is seldom

@@ -93,7 +93,63 @@ def test_one_process_of_a_node_polls() -> None:
     for platform in (Platform("aws"), Platform("google"), Platform("azure")):
         assert len(auto_sources(platform, {"LOCAL_RANK": "0"})) == len(auto_sources(platform, {})) == 1
         assert auto_sources(platform, {"LOCAL_RANK": "1"}) == ()
+        assert auto_sources(platform, {"LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}) == ()
     assert auto_sources(Platform(), {}) == ()
+
+
+@pytest.mark.parametrize("size", ["WORLD_SIZE", "LOCAL_WORLD_SIZE"])
+def test_a_process_that_is_alone_polls_whatever_rank_is_left_over_in_its_environment(size: str) -> None:
+    assert len(auto_sources(Platform("aws"), {"LOCAL_RANK": "3", size: "1"})) == 1
+
+
+def test_sagemaker_is_known_by_its_folder_too(tmp_path: Path) -> None:
+    nowhere = Path("/nowhere")
+    assert detect_platform({}, dmi=nowhere, sagemaker=tmp_path).title == "SageMaker"
+    assert detect_platform({"TRAINING_JOB_NAME": "x"}, dmi=nowhere, sagemaker=tmp_path).title == "SageMaker"
+    assert detect_platform({}, dmi=nowhere, sagemaker=tmp_path / "none").layers == ()
+
+
+def test_where_the_platform_starts_again_what_it_has_interrupted_a_stop_is_no_failure() -> None:
+    assert detect_platform({"TRAINING_JOB_NAME": "x"}, dmi=Path("/nowhere")).exit_code == 0
+    for name in ("KUBERNETES_SERVICE_HOST", "SLURM_JOB_ID", "AWS_BATCH_JOB_ID", "TORCHELASTIC_RUN_ID"):
+        assert detect_platform({name: "x"}, dmi=Path("/nowhere")).exit_code == 143
+    assert detect_platform({}, dmi=Path("/nowhere")).exit_code == 143
+
+
+@pytest.mark.parametrize(
+    ("strings", "environment", "seconds"),
+    [
+        ({"sys_vendor": "Amazon EC2"}, {}, None),  # the machine's own shutdown, when the two minutes are over
+        ({"chassis_asset_tag": AZURE_TAG}, {}, None),
+        ({"product_name": "Google Compute Engine"}, {}, 30.0),
+        ({"sys_vendor": "Amazon EC2"}, {"INVOCATION_ID": "x"}, 90.0),
+        ({"product_name": "Google Compute Engine"}, {"INVOCATION_ID": "x"}, 30.0),
+        ({"sys_vendor": "Amazon EC2"}, {"KUBERNETES_SERVICE_HOST": "x"}, 30.0),
+        ({"product_name": "Google Compute Engine"}, {"KUBERNETES_SERVICE_HOST": "x"}, 15.0),
+        ({"chassis_asset_tag": AZURE_TAG}, {"SLURM_JOB_ID": "x"}, 30.0),
+        ({"sys_vendor": "Amazon EC2"}, {"TRAINING_JOB_NAME": "x"}, 120.0),
+    ],
+)
+def test_a_signal_leaves_what_its_sender_leaves_and_not_the_lead_of_another_notice(
+    tmp_path: Path, strings: dict[str, str], environment: dict[str, str], seconds: float | None
+) -> None:
+    found = detect_platform(environment, dmi=machine(tmp_path, **strings))
+    assert found.signal_s == seconds
+    deadline = Budget(found).deadline_of(notice(kind="signal", detail="SIGTERM"))
+    assert deadline == (None if seconds is None else (1000.0 + seconds - reserve_of(seconds), False))
+
+
+@pytest.mark.parametrize(
+    ("strings", "said"),
+    [
+        ({"sys_vendor": "Amazon EC2"}, "below EC2's two minutes"),
+        ({"product_name": "Google Compute Engine"}, "GKE leaves pods on spot VMs 15 s"),
+    ],
+)
+def test_a_pod_cannot_have_more_than_its_machine(tmp_path: Path, strings: dict[str, str], said: str) -> None:
+    found = detect_platform({"KUBERNETES_SERVICE_HOST": "x"}, dmi=machine(tmp_path, **strings))
+    assert found.tightest is not None
+    assert said in found.tightest.lengthen
 
 
 # -- how long we have --------------------------------------------------------------------------------------------------------------
@@ -111,6 +167,9 @@ GCE = detect_platform({"GCE_METADATA_HOST": "x"}, dmi=Path("/nowhere"))
     ("budget", "heard", "deadline"),
     [
         (Budget(GCE), notice(deadline=1120.0), (1110.0, True)),
+        (Budget(GCE), notice(deadline=1120.0, firm=False), (1110.0, False)),
+        (Budget(GCE, grace_s=12.0), notice(deadline=1120.0, firm=False), (1010.0, True)),
+        (Budget(GCE, grace_s=150.0), notice(deadline=1000.0, firm=False), (1000.0, False)),
         (Budget(GCE), notice(grace=150.0), (1140.0, False)),
         (Budget(GCE), notice(), (1025.0, False)),
         (Budget(GCE, grace_s=12.0), notice(), (1010.0, True)),
@@ -202,6 +261,21 @@ def test_the_grace_is_a_duration_from_code_or_from_the_environment(monkeypatch: 
     monkeypatch.setenv("SPOTGUARD_GRACE", "soon")
     with pytest.raises(ValueError, match="SPOTGUARD_GRACE='soon'"):
         options()
+
+
+def test_the_exit_status_is_the_platforms_unless_it_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPOTGUARD_EXIT_CODE", raising=False)
+    assert options().exit_code == 143
+    monkeypatch.setenv("TRAINING_JOB_NAME", "x")
+    assert options().exit_code == 0
+    assert options(exit_code=85).exit_code == 85
+    monkeypatch.setenv("SPOTGUARD_EXIT_CODE", "99")
+    assert options().exit_code == 99
+    with (
+        pytest.raises(ValueError, match="exit_code=0: must be 1 to 255"),
+        pytest.warns(UserWarning, match="is ignored"),
+    ):
+        options(exit_code=0)
 
 
 # -- the slot for notices ----------------------------------------------------------------------------------------------------------

@@ -72,8 +72,10 @@ class Budget:
         ):  # it had passed when we heard of it: we may go at any moment, and we may not
             return Deadline(min(ends), firm=False)
         if ends:
-            return Deadline(min(ends) - reserve_of(min(ends) - notice.received), firm=True)
-        usual = notice.grace if notice.grace is not None else self.platform.grace_s
+            firm = notice.firm or min(ends) != notice.deadline
+            return Deadline(min(ends) - reserve_of(min(ends) - notice.received), firm)
+        usual = self.platform.signal_s if notice.kind == "signal" else self.platform.grace_s
+        usual = notice.grace if notice.grace is not None else usual
         if usual is None or not self._is_hurried(notice):
             return None
         return Deadline(notice.received + usual - reserve_of(usual), firm=False)

@@ -72,7 +72,7 @@ def read_options(
     platform = detect_platform()
     given = "exit_code" in settings.model_fields_set or exit_code is not None
     code = settings.choose("exit_code", exit_code) if given else platform.exit_code
-    if type(code) is not int or not 1 <= code <= 255:
+    if given and (type(code) is not int or not 1 <= code <= 255):
         raise ConfigError(f"exit_code={code!r}: must be 1 to 255; 0 would tell the scheduler that the work is done")
     sources = _sources(settings.choose("notices", notices), platform)
     for source in sources:

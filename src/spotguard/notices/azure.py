@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+from spotguard.notices.answers import due_at, parse_json
 from spotguard.notices.base import PreemptionNotice
-from spotguard.notices.metadata import Answer, MetadataClient, Poller, deadline_at, parse_json
+from spotguard.notices.metadata import Answer, MetadataClient, Poller
 
 __all__ = ["AzureSource", "Confirmable"]
 
@@ -57,6 +58,9 @@ class AzureSource:
         self._client = MetadataClient(where)
         self._poller = Poller(self.name, interval)
         self._acknowledge = acknowledge
+        self._forget()
+
+    def _forget(self) -> None:
         self._own: str | None = None
         self._answered = False
         self._incarnation: object = None
@@ -64,13 +68,15 @@ class AzureSource:
 
     def watch(self, emit: Callable[[PreemptionNotice], None], stop: threading.Event) -> None:
         """See `NoticeSource.watch`."""
-        self._poller.run(lambda: self._ask(emit), stop)
+        self._forget()
+        with self._client.watching():
+            self._poller.run(lambda: self._ask(emit), stop)
 
     def wake(self) -> None:
         """See `Wakeable`."""
         self._client.interrupt()
 
-    def get(self, path: str, *, read_s: float = 2.0) -> Answer:
+    def get(self, path: str, *, read_s: float | None = None) -> Answer:
         """One resource of the service, such as ``/metadata/versions``.
 
         Raises:
@@ -95,7 +101,7 @@ class AzureSource:
     def _ask(self, emit: Callable[[PreemptionNotice], None]) -> float | None:
         if self._own is None:
             self._own = self._name()
-        answer = self.get(_EVENTS, read_s=2.0 if self._answered else _FIRST_S)
+        answer = self.get(_EVENTS, read_s=None if self._answered else _FIRST_S)
         if answer.status != 200:  # 410: in the middle of a move, for up to 70 s; 429: too often
             raise ConnectionError(f"events: status {answer.status}")
         document = parse_json(answer.text)
@@ -105,13 +111,17 @@ class AzureSource:
         self._answered = True
         if document.get("DocumentIncarnation") == self._incarnation and self._incarnation is not None:
             return None
-        self._incarnation = document.get("DocumentIncarnation")
-        found = self._own_events(events)
+        found, certain = self._own_events(events), True
         if events and not found:  # is our name what we take it for?
-            self._own = self._name()
+            try:
+                self._own = self._name()
+            except InterruptedError:
+                raise
+            except OSError:
+                certain = False  # the list is looked at again with the next request, changed or not
             found = self._own_events(events)
         for event_id, event in found.items():
-            notice = _notice(event_id, event)
+            notice = _notice(event_id, event, answer)
             before = self._standing.get(event_id)
             self._standing[event_id] = (notice, event)
             if before is None or _moved(before[1], event):
@@ -120,6 +130,8 @@ class AzureSource:
             notice, event = self._standing.pop(event_id)
             if event.get("EventStatus") != "Started":  # one that has begun is over
                 emit(notice.withdrawn())
+        if certain:  # and all of it has been told
+            self._incarnation = document.get("DocumentIncarnation")
         return None
 
     def _name(self) -> str:
@@ -141,15 +153,17 @@ def _moved(before: dict[str, Any], after: dict[str, Any]) -> bool:
     return any(before.get(name) != after.get(name) for name in ("EventStatus", "NotBefore", "EventType"))
 
 
-def _notice(event_id: str, event: dict[str, Any]) -> PreemptionNotice:
+def _notice(event_id: str, event: dict[str, Any], answer: Answer) -> PreemptionNotice:
     kind, begin = str(event.get("EventType")), str(event.get("NotBefore") or "")
     try:
         instant = email.utils.parsedate_to_datetime(begin)
         if instant.tzinfo is None:
             instant = instant.replace(tzinfo=dt.timezone.utc)
-        deadline = deadline_at(instant)
     except (TypeError, ValueError):  # it has started, or nobody knows when it will
-        deadline = time.monotonic()
+        deadline, firm = time.monotonic(), False
+    else:
+        due = due_at(instant, answer)  # never stale: Azure takes an event that is over out of the list
+        deadline, firm = due.at, due.firm
     stops = _STOPS.get(kind)
     return PreemptionNotice(
         source=AzureSource.name,
@@ -158,4 +172,5 @@ def _notice(event_id: str, event: dict[str, Any]) -> PreemptionNotice:
         id=event_id,
         action="stop" if stops else "save",
         deadline=deadline,
+        firm=firm,
     )

@@ -26,6 +26,8 @@ class PreemptionNotice:
         id: Tells notices of one source apart: the same one is heard again and again by polling, and may be withdrawn.
         grace: Seconds that the platform leaves from `received` on, where it says so by its rules and not by a timestamp; the guard makes
             a deadline of it. None where nobody knows.
+        firm: Whether `deadline` is somebody's word, to be kept to. A guess is not, nor is what was over when we heard of it: it is planned
+            for, and a save that takes longer is not cut off.
 
     Example:
         >>> PreemptionNotice(source="signal", kind="signal", detail="SIGTERM").deadline is None
@@ -40,6 +42,7 @@ class PreemptionNotice:
     action: Action = "stop"
     id: str = ""
     grace: float | None = None
+    firm: bool = True
 
     def withdrawn(self) -> "PreemptionNotice":
         """The notice that this one does not stand any more."""

@@ -4,6 +4,7 @@ Requests and codes are those of the documentation of the metadata server; patien
 client for Go, which sleep 5 s after an error and wait 60 s for a change.
 """
 
+import logging
 import os
 import threading
 import time
@@ -11,13 +12,18 @@ import urllib.parse
 from collections.abc import Callable
 
 from spotguard.notices.base import PreemptionNotice
-from spotguard.notices.metadata import Answer, MetadataClient, Poller
+from spotguard.notices.metadata import Answer, MetadataClient, Poller, number_from
 
 __all__ = ["GoogleSource"]
 
+logger = logging.getLogger(__name__)
+
 _WAIT_S, _FLOOR_S = 60, 1.0  # of a long poll; and between two calls to a server that answers at once
 _POWER_OFF_S = 30.0  # from the soft off to the mechanical one, best effort
-_ABSENT = 3  # times that the key is not there before we believe it
+_ABSENT = 3  # times that the key is not there before it is asked for seldom
+_SELDOM = 20  # times the usual interval: a metadata server that was not ready yet, as in GKE, has the key after all
+_NAME, _ADDRESS = "metadata.google.internal", "169.254.169.254"
+_TIMEOUT_S = 3.0  # of google-auth
 _HEADERS = {"Metadata-Flavor": "Google"}
 
 
@@ -40,13 +46,19 @@ class GoogleSource:
         env = os.environ
         where = host or env.get("GCE_METADATA_HOST") or env.get("GCE_METADATA_ROOT") or env.get("GCE_METADATA_IP")
         self._disabled = host is None and env.get("NO_GCE_CHECK", "").lower() == "true"
-        self._client = MetadataClient(where or "metadata.google.internal")
+        self._client = MetadataClient(
+            where or _NAME, timeout=number_from("GCE_METADATA_TIMEOUT", _TIMEOUT_S), fallback="" if where else _ADDRESS
+        )
+        self._absent = int(number_from("GCE_METADATA_DETECT_RETRIES", _ABSENT, least=1) or _ABSENT)
+        self._mtls = env.get("GCE_METADATA_MTLS_MODE", "none").lower()
         self._grace, self._floor = notice_duration + _POWER_OFF_S, floor
 
     def watch(self, emit: Callable[[PreemptionNotice], None], stop: threading.Event) -> None:
         """See `NoticeSource.watch`."""
         if self._disabled:
             return
+        if self._mtls != "none":
+            logger.warning("%s: GCE_METADATA_MTLS_MODE=%s is not supported: plain HTTP is used", self.name, self._mtls)
         keys = [_Key("preempted", self._preempted), _Key("maintenance-event", _maintained)]
         threads = [
             threading.Thread(
@@ -57,16 +69,17 @@ class GoogleSource:
             )
             for key in keys
         ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with self._client.watching():
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
 
     def wake(self) -> None:
         """See `Wakeable`."""
         self._client.interrupt()
 
-    def get(self, path: str, *, wait: bool = False, etag: str = "", read_s: float = 2.0) -> Answer:
+    def get(self, path: str, *, wait: bool = False, etag: str = "", read_s: float | None = None) -> Answer:
         """One value, such as ``instance/zone``; with `wait`, when it is another than that with `etag`.
 
         Raises:
@@ -84,10 +97,9 @@ class GoogleSource:
         # The first look does not wait: it may have happened before we were there.
         answer = self.get(f"instance/{key.name}", wait=key.etag is not None, etag=key.etag or "")
         if answer.status == 404:
+            key.etag = None
             key.absent += 1
-            if key.absent >= _ABSENT:
-                raise StopIteration
-            return None
+            return None if key.absent < self._absent else _SELDOM * self._floor
         if answer.status != 200:
             key.etag = None
             raise ConnectionError(f"{key.name}: status {answer.status}")

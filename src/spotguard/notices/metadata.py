@@ -5,46 +5,37 @@ is not followed. Whatever goes wrong is no news, and only a notice ends training
 """
 
 import contextlib
-import datetime as dt
-import http.client
-import json
 import logging
+import math
+import os
 import random
 import socket
 import threading
-import time
 import urllib.parse
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
-__all__ = ["Answer", "MetadataClient", "Poller", "deadline_at", "parse_json", "parse_time"]
+from spotguard.notices.wire import Answer, Connection, request_of
+
+if TYPE_CHECKING:
+    import ssl
+
+__all__ = ["Answer", "MetadataClient", "Poller", "number_from"]
 
 logger = logging.getLogger(__name__)
 
-_LONGEST = 64 << 10  # bytes of an answer
 _CONNECT_S, _READ_S = 1.0, 2.0
 _BACKOFF_S = 30.0
 
 
-class Answer(NamedTuple):
-    """What came back.
-
-    Attributes:
-        status: Of HTTP.
-        headers: Names in small letters.
-        text: The body, without white space around it.
-    """
-
-    status: int
-    headers: Mapping[str, str]
-    text: str
-
-
 class MetadataClient:
-    """Sends single requests to one service. `interrupt` ends the one under way, from any thread, and all that follow.
+    """Sends single requests to one service. `interrupt` ends the one under way, from any thread, and all that follow until `watching`.
 
     Args:
         base: Such as ``http://169.254.169.254``.
+        timeout: Seconds for a connection, and again for an answer; by default 1 and 2.
+        attempts: How often a request is sent that gets no answer.
+        fallback: Host to ask where that of `base` has no address.
 
     Example:
         >>> MetadataClient("http://127.0.0.1:1").get("/latest")
@@ -52,16 +43,21 @@ class MetadataClient:
         ConnectionRefusedError: ...
     """
 
-    def __init__(self, base: str) -> None:
+    def __init__(self, base: str, *, timeout: float | None = None, attempts: int = 1, fallback: str = "") -> None:
         parts = urllib.parse.urlsplit(base if "://" in base else f"http://{base}")
         self.base, self._path = base, parts.path.rstrip("/")
-        self._host, self._port = parts.hostname or "", parts.port
         self._secure = parts.scheme == "https"
+        self._host, self._port = parts.hostname or "", parts.port or (443 if self._secure else 80)
+        self._named = parts.netloc.rpartition("@")[2]
+        self._connect_s, self._read_s = timeout or _CONNECT_S, timeout or _READ_S
+        self._attempts, self._fallback = attempts, fallback
+        self._tls: ssl.SSLContext | None = None
         self._lock = threading.Lock()
-        self._open: set[http.client.HTTPConnection] = set()
-        self._interrupted = threading.Event()
+        self._busy: set[Connection] = set()
+        self._idle: list[Connection] = []
+        self._watching = self._interrupted = False
 
-    def get(self, path: str, headers: Mapping[str, str] | None = None, *, read_s: float = _READ_S) -> Answer:
+    def get(self, path: str, headers: Mapping[str, str] | None = None, *, read_s: float | None = None) -> Answer:
         """GET; raises OSError when there is no answer."""
         return self.ask("GET", path, headers, read_s=read_s)
 
@@ -72,9 +68,9 @@ class MetadataClient:
         headers: Mapping[str, str] | None = None,
         *,
         body: bytes | None = None,
-        read_s: float = _READ_S,
+        read_s: float | None = None,
     ) -> Answer:
-        """One request, on a connection of its own.
+        """One request.
 
         Args:
             method: Of HTTP.
@@ -86,37 +82,86 @@ class MetadataClient:
         Raises:
             OSError: There is no answer.
         """
-        kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
-        connection = kind(self._host, self._port, timeout=_CONNECT_S)
+        request = request_of(method, f"{self._path}{path}", self._named, headers or {}, body)
+        for _ in range(self._attempts - 1):
+            with contextlib.suppress(OSError):
+                return self._send(request, read_s or self._read_s)
+        return self._send(request, read_s or self._read_s)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within it connections are kept from one request to the next; an interruption from before it is over."""
         with self._lock:
-            if self._interrupted.is_set():
-                raise InterruptedError(f"{self.base} is not asked any more")
-            self._open.add(connection)
+            self._watching, self._interrupted = True, False
         try:
-            connection.connect()
-            with self._lock:  # an interruption either finds the socket, or is found here
-                if self._interrupted.is_set() or connection.sock is None:
-                    raise InterruptedError(f"{self.base} is not asked any more")
-                connection.sock.settimeout(read_s)
-            connection.request(method, f"{self._path}{path}", body=body, headers=dict(headers or {}))
-            answer = connection.getresponse()
-            text = answer.read(_LONGEST).decode(errors="replace").strip()
-            return Answer(answer.status, {name.lower(): value for name, value in answer.getheaders()}, text)
-        except http.client.HTTPException as error:
-            raise ConnectionError(f"{self.base}: no HTTP: {error!r}") from error
+            yield
         finally:
             with self._lock:
-                self._open.discard(connection)
-            connection.close()
+                self._watching = False
+                while self._idle:
+                    self._idle.pop().close()
 
     def interrupt(self) -> None:
         """End what is under way: a long poll would hold up the one who waits for its thread."""
         with self._lock:
-            self._interrupted.set()
-            for connection in self._open:
-                if connection.sock is not None:
-                    with contextlib.suppress(OSError):
-                        connection.sock.shutdown(socket.SHUT_RDWR)
+            self._interrupted = True
+            for connection in self._busy:
+                connection.interrupt()
+
+    def _send(self, request: bytes, patience: float) -> Answer:
+        kept = self._kept()
+        if kept is not None:
+            try:
+                return self._use(kept, request, patience)
+            except ConnectionError:  # a server may hang up between two requests
+                if kept.heard:
+                    raise
+        return self._use(self._connect(), request, patience)
+
+    def _use(self, connection: Connection, request: bytes, patience: float) -> Answer:
+        keep = False
+        try:
+            with self._lock:
+                self._refuse_if_interrupted()
+                self._busy.add(connection)
+            answer = connection.ask(request, patience)
+            keep = connection.reusable
+            return answer
+        finally:
+            with self._lock:
+                self._busy.discard(connection)
+                if keep and self._watching and not self._interrupted:
+                    self._idle.append(connection)
+                else:
+                    connection.close()
+
+    def _refuse_if_interrupted(self) -> None:
+        if self._interrupted:
+            raise InterruptedError(f"{self.base} is not asked any more")
+
+    def _kept(self) -> Connection | None:
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                connection = self._idle.pop()
+            if not connection.gone:
+                return connection
+            connection.close()
+
+    def _connect(self) -> Connection:
+        self._refuse_if_interrupted()
+        if self._secure and self._tls is None:
+            import ssl
+
+            self._tls = ssl.create_default_context()
+        try:
+            return Connection(self._host, self._port, timeout=self._connect_s, tls=self._tls)
+        except socket.gaierror:
+            if not self._fallback:
+                raise
+            self._host = self._fallback
+            return Connection(self._host, self._port, timeout=self._connect_s, tls=self._tls)
 
 
 class Poller:
@@ -125,7 +170,7 @@ class Poller:
     Args:
         name: Of the source, for the log.
         interval: Seconds between two questions, give or take a tenth: machines that were started together should not ask together.
-        longest: Seconds between two questions when none is answered.
+        longest: Seconds between two questions when none is answered; the first that is not is followed by another after one second.
     """
 
     def __init__(self, name: str, interval: float, *, longest: float = _BACKOFF_S) -> None:
@@ -137,27 +182,22 @@ class Poller:
     def run(self, ask: Callable[[], float | None], stop: threading.Event) -> None:
         """Call `ask` until it is stopped. It returns after how many seconds to be called again; None for the interval.
 
-        What it raises is trouble: it is told of when it begins and when it is over, and the time between two questions doubles. A
-        StopIteration ends it all.
+        What it raises is trouble: it is told of when it begins and when it is over, and the time between two questions doubles.
         """
         trouble = 0
         while not stop.is_set():
-            wait: float | None = None
             try:
                 wait = ask()
-            except StopIteration:
-                return
             except Exception as error:  # noqa: BLE001 - an answer that nobody has foreseen is no news either
-                trouble += 1
                 if not stop.is_set():
                     self.note(f"no answer: {type(error).__name__}: {error}")
-                wait = min(self._longest, max(self.interval, min(1.0, self.interval * 4)) * 2 ** min(trouble - 1, 10))
+                wait = min(self._longest, min(1.0, self.interval) * 2 ** min(trouble, 10))
+                trouble += 1
             else:
                 trouble = 0
                 self.note("")
-            if wait is None:
-                wait = self.interval * self._random.uniform(0.9, 1.1)
-            if stop.wait(wait):
+            wait = self.interval if wait is None else wait
+            if stop.wait(wait * self._random.uniform(0.9, 1.1)):
                 return
 
     def note(self, state: str) -> None:
@@ -168,31 +208,16 @@ class Poller:
             self._state = kind
 
 
-def parse_json(text: str, kind: type[Any] = dict) -> Any:
-    """Parsed, if it is JSON of that kind; None otherwise."""
+def number_from(name: str, usual: float | None, *, least: float = 0.0) -> float | None:
+    """A number that an environment variable may set; the usual one where it is not set, or makes no sense."""
+    text = os.environ.get(name, "").strip()
+    if not text:
+        return usual
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, kind) else None
-
-
-def parse_time(text: object) -> dt.datetime | None:
-    """A time in ISO 8601 such as ``2026-11-23T15:02:00Z``; None if it is not one.
-
-    Example:
-        >>> parse_time("2026-11-23T15:02:00Z").minute, parse_time("soon")
-        (2, None)
-    """
-    if not isinstance(text, str):
-        return None
-    try:
-        found = dt.datetime.fromisoformat(text.strip().replace("Z", "+00:00"))
+        found = float(text)
     except ValueError:
-        return None
-    return found if found.tzinfo is not None else found.replace(tzinfo=dt.timezone.utc)
-
-
-def deadline_at(instant: dt.datetime) -> float:
-    """A wall-clock time as an instant of the monotonic clock; one that is past is now. What the wall clock does later changes nothing."""
-    return time.monotonic() + max(0.0, instant.timestamp() - time.time())
+        found = math.nan
+    if least <= found < math.inf and found > 0:
+        return found
+    logger.warning("environment variable %s=%r is ignored: a number of at least %g is meant", name, text, least)
+    return usual

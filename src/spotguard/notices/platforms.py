@@ -19,6 +19,7 @@ __all__ = ["Cloud", "Layer", "Platform", "auto_sources", "detect_platform", "res
 
 Cloud = Literal["aws", "google", "azure"]
 _DMI = Path("/sys/class/dmi/id")
+_SAGEMAKER = Path("/opt/ml/input/config")  # SageMaker mounts it, whatever the image does with the environment
 _AZURE_TAG = "7783-7084-3265-9085-8269-3286-77"  # cloud-init, ChassisAssetTag.AZURE_CLOUD
 
 
@@ -32,6 +33,9 @@ class Layer:
         grace_s: Seconds from its signal, or from its notice where it sends none, to the end; None where nobody knows.
         lengthen: How to get more.
         signals: Names of what it may send beside SIGTERM.
+        sends: Whether it sends a signal, with that grace. A machine that does not is shut down when its notice has run out; SIGTERM comes
+            then, and what is left after it nobody says.
+        exit_code: Exit status after a stop that its scheduler understands.
     """
 
     name: str
@@ -39,6 +43,8 @@ class Layer:
     grace_s: float | None
     lengthen: str
     signals: tuple[str, ...] = ()
+    sends: bool = True
+    exit_code: int = 143
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +54,8 @@ class Platform:
     Attributes:
         cloud: Whose metadata service can be asked; None where there is none, or it is switched off.
         layers: Who can stop the process, the machine first.
-        exit_code: Exit status after a stop. 143 is 128 + SIGTERM: no scheduler takes it for success.
+        exit_code: Exit status after a stop. 143 is 128 + SIGTERM: no scheduler takes it for success. It is 0 where the platform itself
+            restarts what it has interrupted, and takes anything else for a failure.
 
     Example:
         >>> pod = detect_platform({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, dmi=Path("/nowhere"))
@@ -72,6 +79,12 @@ class Platform:
         return self.tightest.grace_s if self.tightest is not None else None
 
     @property
+    def signal_s(self) -> float | None:
+        """The shortest grace that is known from a signal on, in seconds: not the lead of a notice that is heard in another way."""
+        known = [layer.grace_s for layer in self.layers if layer.sends and layer.grace_s is not None]
+        return min(known, default=None)
+
+    @property
     def signals(self) -> tuple[str, ...]:
         """Names of signals to hear beside SIGTERM and SIGINT."""
         return tuple(dict.fromkeys(name for layer in self.layers for name in layer.signals))
@@ -92,28 +105,38 @@ def reserve_of(left_s: float) -> float:
     return min(10.0, max(0.0, left_s) / 6)
 
 
-def detect_platform(environment: Mapping[str, str] | None = None, *, dmi: Path = _DMI) -> Platform:
+def detect_platform(
+    environment: Mapping[str, str] | None = None, *, dmi: Path = _DMI, sagemaker: Path = _SAGEMAKER
+) -> Platform:
     """Tell the platform from the environment and what the firmware says of the machine; asks no network.
 
     Args:
         environment: Of the process; by default that of this one.
         dmi: Where the kernel shows the firmware's strings.
+        sagemaker: The folder that is there in a SageMaker training job.
     """
     env = os.environ if environment is None else environment
     cloud = _cloud(env, Path(env.get("SPOTGUARD_DMI") or dmi))  # a rehearsal has another machine in mind
     layers = [_MACHINES[cloud]] if cloud is not None else []
-    layers += [layer for mark, layer in _LAYERS if any(env.get(name) for name in mark.split("|"))]
-    if cloud == "google":  # the last 15 s of the 30 are for the pods of the system: GKE, spot VMs
-        layers = [dataclasses.replace(one, grace_s=15.0) if one.name == "kubernetes" else one for one in layers]
+    marked = {layer.name for mark, layer in _LAYERS if any(env.get(name) for name in mark.split("|"))}
+    if sagemaker.is_dir():
+        marked.add("sagemaker")
+    found = [layer for _, layer in _LAYERS if layer.name in marked]
+    layers += [_in_pod(layer, cloud) if layer.name == "kubernetes" else layer for layer in found]
     if env.get("TORCHELASTIC_RUN_ID"):
         layers.append(_torchrun(env))
-    return Platform(cloud if not _is_off(cloud, env) else None, tuple(layers))
+    exit_code = min([layer.exit_code for layer in layers], default=143)
+    return Platform(cloud if not _is_off(cloud, env) else None, tuple(layers), exit_code)
 
 
 def auto_sources(platform: Platform, environment: Mapping[str, str] | None = None) -> tuple[NoticeSource, ...]:
-    """The sources that fit; none on any rank of a node but the first, for the services throttle by machine."""
+    """The sources that fit; none on any rank of a node but the first, for the services throttle by machine.
+
+    A process that is the only one of its world is the first, whatever number is left over in its environment.
+    """
     env = os.environ if environment is None else environment
-    if env.get("LOCAL_RANK", "0") not in ("", "0"):
+    alone = "1" in (env.get("WORLD_SIZE"), env.get("LOCAL_WORLD_SIZE"))
+    if not alone and env.get("LOCAL_RANK", "0") not in ("", "0"):
         return ()
     if platform.cloud == "aws":
         return (AwsSource(),)
@@ -152,6 +175,17 @@ def _read(path: Path) -> str:
         return ""
 
 
+def _in_pod(layer: Layer, cloud: Cloud | None) -> Layer:
+    """Kubernetes on a machine that is going to be taken away: its grace is cut short by what the machine has left."""
+    if cloud == "google":  # GKE, spot VMs: the last 15 s of the 30 are for the pods of the system
+        text = "GKE leaves pods on spot VMs 15 s; terminationGracePeriodSeconds above that helps elsewhere only"
+        return dataclasses.replace(layer, grace_s=15.0, lengthen=text)
+    if cloud == "aws":
+        text = f"{layer.lengthen}; on spot, below EC2's two minutes by what the drain takes to begin: 90 s, say"
+        return dataclasses.replace(layer, lengthen=text)
+    return layer
+
+
 def _torchrun(env: Mapping[str, str]) -> Layer:
     try:
         grace = float(env.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", ""))
@@ -161,11 +195,15 @@ def _torchrun(env: Mapping[str, str]) -> Layer:
 
 
 _MACHINES = {
-    "aws": Layer("aws", "EC2", 120.0, "EC2's two minutes cannot be lengthened"),
+    "aws": Layer("aws", "EC2", 120.0, "EC2's two minutes cannot be lengthened", sends=False),
     "google": Layer(
-        "gcp", "Compute Engine", 30.0, "create the VM with --preemption-notice-duration=120s, and set grace='150s'"
+        "gcp",
+        "Compute Engine",
+        30.0,
+        "create the VM with --preemption-notice-duration=120s, and name the source: "
+        "notices=[GoogleSource(notice_duration=120)]; after SIGTERM it is 30 s all the same",
     ),
-    "azure": Layer("azure", "Azure", 30.0, "Azure's 30 seconds cannot be lengthened"),
+    "azure": Layer("azure", "Azure", 30.0, "Azure's 30 seconds cannot be lengthened", sends=False),
 }
 
 # The environment variables by which each is known, and its defaults; sources of the figures are in docs/explanation/notices.md.
@@ -183,7 +221,10 @@ _LAYERS = (
             "Batch's 30 s cannot be lengthened; EC2's notice, which is polled, comes earlier",
         ),
     ),
-    ("TRAINING_JOB_NAME", Layer("sagemaker", "SageMaker", 120.0, "SageMaker's 120 s cannot be lengthened")),
+    (
+        "TRAINING_JOB_NAME",
+        Layer("sagemaker", "SageMaker", 120.0, "SageMaker's 120 s cannot be lengthened", exit_code=0),
+    ),
     (
         "KUBERNETES_SERVICE_HOST",
         Layer("kubernetes", "Kubernetes", 30.0, "set terminationGracePeriodSeconds in the pod, and grace= to the same"),

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from spotguard.notices.base import PreemptionNotice
@@ -10,6 +11,9 @@ __all__ = ["PollingSource"]
 
 logger = logging.getLogger(__name__)
 
+_SHARE = 2000.0  # a look may take this part of the time up to the next: 0.05 % of a core
+_SELDOM_S = 10.0  # and yet there is one
+
 
 class PollingSource:
     """Emits one notice as soon as `asked` says yes, then rests.
@@ -17,7 +21,8 @@ class PollingSource:
     Args:
         name: Name of the source.
         asked: Returns what was asked for, or None. An OSError it raises is logged once and it is asked again later.
-        interval: Seconds between two questions.
+        interval: Seconds between two questions; longer where the answer costs more than a two-thousandth of that in CPU time (a request to
+            S3, some milliseconds), but no more than 10 for that.
 
     Example:
         >>> heard = []
@@ -35,6 +40,7 @@ class PollingSource:
         """See `NoticeSource.watch`."""
         complained = False
         while True:
+            began = time.thread_time()
             try:
                 detail = self._asked()
             except OSError as error:
@@ -45,5 +51,6 @@ class PollingSource:
             if detail is not None:
                 emit(PreemptionNotice(source=self.name, kind="request", detail=detail))
                 return
-            if stop.wait(self._interval):
+            costs = (time.thread_time() - began) * _SHARE
+            if stop.wait(max(self._interval, min(costs, _SELDOM_S))):
                 return

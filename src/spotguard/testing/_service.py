@@ -61,6 +61,7 @@ class Service:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            wbufsize = 1 << 16  # head and body go in one packet
 
             def answer(self) -> None:
                 parts = urllib.parse.urlsplit(self.path)
