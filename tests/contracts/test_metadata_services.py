@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from spotguard.notices import AwsSource
-from spotguard.notices.metadata import Answer, MetadataClient, parse_time
+from spotguard.notices.answers import parse_time
+from spotguard.notices.metadata import Answer, MetadataClient
 from spotguard.testing import FakeAws, FakeAzure, FakeGoogle
 
 EVENTS = "/metadata/scheduledevents?api-version=2020-07-01"

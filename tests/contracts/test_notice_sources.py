@@ -29,10 +29,11 @@ from spotguard.notices import (
     PreemptionNotice,
     UrlSource,
 )
-from spotguard.testing._service import Service as Fake
-from spotguard.testing.metadata import FakeAws, FakeAzure, FakeGoogle, Reply, Request
 from spotguard.notices.metadata import MetadataClient, Poller
 from spotguard.notices.platforms import Platform
+from spotguard.testing._service import Service as Fake
+from spotguard.testing.metadata import FakeAws, FakeAzure, FakeGoogle, Reply, Request
+from tls import behind_tls, make_certificate
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -1025,6 +1026,21 @@ def test_a_url_may_say_how_long_and_what(listen: Callable[..., Listening]) -> No
         assert fake.requests[0].headers["authorization"] == "Bearer x"
         fake.notice = {"action": "none"}
         assert listening.wait(2).action == "withdrawn"
+
+
+def test_a_url_behind_tls_is_asked_and_one_that_nobody_vouches_for_is_not(
+    tmp_path: Path, listen: Callable[..., Listening], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificate = make_certificate(tmp_path)
+    with FakeUrl() as fake, behind_tls(fake.endpoint, certificate) as endpoint:
+        fake.notice = {"action": "stop"}
+        with pytest.raises(OSError, match="CERTIFICATE_VERIFY_FAILED"):
+            MetadataClient(endpoint).get("/notice")
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        listening = listen(UrlSource(f"{endpoint}/notice", SOON))
+        assert listening.wait().action == "stop"
+        fake.wait_for(len(fake.requests) + 3)
+        listening.watcher.close()
 
 
 def test_a_url_that_is_none_is_refused() -> None:

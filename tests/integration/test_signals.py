@@ -2,12 +2,15 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from integration.scripts import Script, logged, newest_step
+from integration.scripts import PRELUDE, Script, logged, newest_step
+from spotguard import CheckpointStore
 from spotguard.stores import LocalObjectStore
 
 WAITS_IN_STEP_3 = """
@@ -252,3 +255,211 @@ def test_a_signal_to_a_child_that_was_forked_a_moment_ago_is_not_lost(tmp_path: 
         script.wait_for("lost 0")
         script.wait_for("blocked")
         assert script.end()[0] == 0
+
+
+MANY_FILES = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+files = [open(os.devnull) for _ in range(1100)]
+"""
+
+
+def test_a_signal_is_heard_in_a_process_with_more_than_1024_open_files(tmp_path: Path) -> None:
+    with Script(MANY_FILES + WAITS_IN_STEP_3, tmp_path) as script:
+        script.wait_for("ready")
+        script.send(signal.SIGTERM)
+        script.wait_for("notice SIGTERM")
+        script.release()
+        assert script.end() == (143, ["released"])
+
+
+def test_another_signal_than_the_first_is_another_notice_and_does_not_end_the_process(tmp_path: Path) -> None:
+    with Script(WAITS_IN_STEP_3, tmp_path, SLURM_JOB_ID="7", SPOTGUARD_REPEAT_S="0") as script:
+        script.wait_for("ready")
+        script.send(signal.SIGUSR1)
+        script.wait_for("notice SIGUSR1")
+        script.send(signal.SIGTERM)
+        script.wait_for("notice SIGTERM")
+        script.release()
+        assert script.end() == (143, ["released"])
+    assert newest_step(tmp_path) == 4
+
+
+def test_the_same_user_signal_again_ends_the_process_at_once(tmp_path: Path) -> None:
+    with Script(STUCK_IN_C, tmp_path, SLURM_JOB_ID="7", SPOTGUARD_REPEAT_S="0", SPOTGUARD_EXIT_CODE="85") as script:
+        script.wait_for("ready")
+        script.send(signal.SIGUSR1)
+        script.wait_for("notice SIGUSR1")
+        script.send(signal.SIGUSR1)
+        assert script.end() == (128 + signal.SIGUSR1, []), "nothing was saved: it is no stop of ours"
+
+
+ASYNCIO_IN_THE_LOOP = """
+import asyncio
+
+async def main():
+    asyncio.get_running_loop().add_signal_handler(signal.SIGWINCH, lambda: None)
+
+with guarded() as guard:
+    for step in guard.steps(1000):
+        if step == 3:
+            asyncio.run(main())
+            say("descriptor", signal.set_wakeup_fd(-1))
+            say("ready")
+            for _ in sys.stdin:
+                pass
+"""
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_without_the_wakeup_descriptor_a_signal_is_heard_at_once_and_so_is_a_second_one(
+    tmp_path: Path, second: signal.Signals
+) -> None:
+    with Script(ASYNCIO_IN_THE_LOOP, tmp_path, SPOTGUARD_REPEAT_S="0") as script:
+        script.wait_for("descriptor -1")
+        script.wait_for("ready")
+        script.send(signal.SIGTERM)
+        script.wait_for("notice SIGTERM")
+        script.send(second)
+        assert script.end()[0] == 128 + second
+
+
+EXITS_IN_ITS_HANDLER = """
+def leave(number, frame):
+    say("previous handler")
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, leave)
+"""
+
+
+def test_a_handler_that_was_there_before_and_exits_does_not_tear_the_step(tmp_path: Path) -> None:
+    with Script(EXITS_IN_ITS_HANDLER + WAITS_IN_STEP_3, tmp_path) as script:
+        script.wait_for("ready")
+        script.send(signal.SIGTERM)
+        said = [script.line(), script.line()]
+        assert sorted(said) == ["notice SIGTERM", "previous handler"]
+        script.release()
+        assert script.end() == (143, ["released"])
+    assert newest_step(tmp_path) == 4
+
+
+SIGNAL_IN_THE_LAST_STEP = """
+with guarded() as guard:
+    for step in guard.steps(5):
+        if step == 4:
+            os.kill(os.getpid(), getattr(signal, os.environ["NUMBER"]))
+say("goes on")
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 85), (signal.SIGINT, -signal.SIGINT)], ids=["stopped", "interrupted"]
+)
+def test_a_signal_that_comes_after_the_last_boundary_is_not_swallowed(
+    tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    with Script(SIGNAL_IN_THE_LAST_STEP, tmp_path, NUMBER=number.name, SPOTGUARD_EXIT_CODE="85") as script:
+        assert script.end() == (status, [f"notice {number.name}"])
+    assert newest_step(tmp_path) == 5
+    assert CheckpointStore(tmp_path).list()[-1].manifest.finished
+
+
+def test_and_goes_to_the_handler_that_was_there_before_once(tmp_path: Path) -> None:
+    answers = "signal.signal(signal.SIGTERM, lambda *_: say('previous handler'))\n"
+    with Script(answers + SIGNAL_IN_THE_LAST_STEP, tmp_path, NUMBER="SIGTERM") as script:
+        status, lines = script.end()
+    assert status == 0
+    assert sorted(lines) == ["goes on", "notice SIGTERM", "previous handler"]
+
+
+def test_and_what_that_handler_raised_in_the_step_it_raises_behind_it(tmp_path: Path) -> None:
+    with Script(
+        EXITS_IN_ITS_HANDLER.replace("exit(0)", "exit(7)") + SIGNAL_IN_THE_LAST_STEP, tmp_path, NUMBER="SIGTERM"
+    ) as script:
+        status, lines = script.end()
+    assert status == 7
+    assert "goes on" not in lines
+    assert CheckpointStore(tmp_path).list()[-1].manifest.finished
+
+
+def test_process_1_of_a_container_ends_on_it_as_well(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(PRELUDE + SIGNAL_IN_THE_LAST_STEP)
+    command = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*command, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("namespaces cannot be made here")
+    done = subprocess.run(
+        [*command, sys.executable, tmp_path / "train.py", tmp_path / "run"],
+        env={**os.environ, "NUMBER": "SIGTERM"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (143, "notice SIGTERM\n"), done.stderr
+
+
+OWN_HANDLER_THEN_FORK = """
+mine = lambda *_: None
+with guarded() as guard:
+    for step in guard.steps(5):
+        if step == 3:
+            signal.signal(signal.SIGTERM, mine)
+            if (child := os.fork()) == 0:
+                say("mine", signal.getsignal(signal.SIGTERM) is mine)
+                say("default", signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+                os._exit(0)
+            os.waitpid(child, 0)
+"""
+
+
+def test_a_forked_child_keeps_a_handler_that_was_set_inside_the_block(tmp_path: Path) -> None:
+    with Script(OWN_HANDLER_THEN_FORK, tmp_path) as script:
+        assert script.end() == (0, ["mine True", "default True"])
+
+
+WAKEUP_DESCRIPTOR_REUSED = """
+import tempfile
+reader, writer = os.pipe()
+os.set_blocking(writer, False)
+signal.set_wakeup_fd(writer)
+signal.signal(signal.SIGTERM, lambda *_: None)
+with guarded() as guard:
+    for step in guard.steps(5):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+            say("forwarded", os.read(reader, 1))
+            os.close(writer)
+            file = tempfile.TemporaryFile()
+            os.dup2(file.fileno(), writer)
+            os.kill(os.getpid(), signal.SIGTERM)
+            guard._session.signals.wake()
+            time.sleep(0.2)
+            say("written", os.fstat(writer).st_size)
+            os._exit(0)
+"""
+
+
+def test_nothing_is_written_into_a_file_that_has_the_number_of_a_wakeup_descriptor_that_was_closed(
+    tmp_path: Path,
+) -> None:
+    with Script(WAKEUP_DESCRIPTOR_REUSED, tmp_path, SPOTGUARD_REPEAT_S="3600") as script:
+        script.wait_for("forwarded b'\\x0f'")
+        script.wait_for("written 0")
+
+
+HANDLER_OF_C = """
+import faulthandler
+faulthandler.register(signal.SIGUSR1, file=sys.stdout)
+with guarded() as guard:
+    for step in guard.steps(5):
+        pass
+os.kill(os.getpid(), signal.SIGUSR1)
+say("alive")
+"""
+
+
+def test_a_handler_that_is_none_of_pythons_is_put_back(tmp_path: Path) -> None:
+    with Script(HANDLER_OF_C, tmp_path, SLURM_JOB_ID="7") as script:
+        status, lines = script.end()
+    assert (status, lines[-1]) == (0, "alive")
+    assert "most recent call first" in lines[0]

@@ -95,8 +95,17 @@ class Hearing:
         """Stop asking; waits up to so many seconds for whoever is being asked."""
         self._watcher.close(patience)
 
-    def restore_signals(self) -> None:
-        """Put the handlers back that were there before."""
-        if self._signals is not None:
-            self._signals.restore()
-            self._signals = None
+    def restore_signals(self, *, hand_on: bool) -> PreemptionNotice | None:
+        """Put the handlers back that were there before.
+
+        Args:
+            hand_on: No boundary will act on what has been heard: have it done by those handlers.
+
+        Returns:
+            The signal that would end the process by default; that is left to the caller.
+        """
+        signals, self._signals = self._signals, None
+        if signals is None:
+            return None
+        signals.restore()
+        return signals.hand_on() if hand_on else None

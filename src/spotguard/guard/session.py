@@ -125,12 +125,13 @@ class Session:
         self._hearing = Hearing(options, self._budget, on_notice=self._on_notice, on_signal=self.raise_alert)
         self._bus = EventBus([on_event] if on_event else [])
         self._cleanup = contextlib.ExitStack()
-        self._cleanup.callback(self._hearing.restore_signals)
+        self._cleanup.callback(self._restore_signals)
         self._cleanup.callback(lambda: self._bus.close(self._patience.of(ASK_S)))
         self._cleanup.callback(lambda: self._hearing.close(self._patience.of(ASK_S)))
         self._grace_check: GraceCheck | None = None
         self._ending: Ending | None = None
         self._attempt = 0
+        self._finished = False
         self.writer: Writer | None = None
 
     @property
@@ -393,6 +394,7 @@ class Session:
         if save:
             self._saver.save_finished(self._place())
         self._ending.finish()
+        self._finished = True
 
     @property
     def stopped(self) -> Preempted | None:
@@ -411,6 +413,16 @@ class Session:
         with self._cleanup:
             if drain and self.writer is not None:
                 self.writer.drain(self._patience.of(WRITE_S), upkeep=not self._patience.is_short)
+
+    def _restore_signals(self) -> None:
+        late = self._hearing.restore_signals(hand_on=self._finished)
+        if late is not None:  # it came after the last boundary
+            checkpoint = self.checkpoint
+            late_stop = Preempted(
+                checkpoint.id if checkpoint else None, reason=late.detail, code=self._options.exit_code
+            )
+            say(str(late_stop))
+            raise late_stop
 
     def _close_writer(self) -> None:
         if self.writer is not None:

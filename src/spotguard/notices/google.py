@@ -23,7 +23,6 @@ _POWER_OFF_S = 30.0  # from the soft off to the mechanical one, best effort
 _ABSENT = 3  # times that the key is not there before it is asked for seldom
 _SELDOM = 20  # times the usual interval: a metadata server that was not ready yet, as in GKE, has the key after all
 _NAME, _ADDRESS = "metadata.google.internal", "169.254.169.254"
-_TIMEOUT_S = 3.0  # of google-auth
 _HEADERS = {"Metadata-Flavor": "Google"}
 
 
@@ -47,7 +46,7 @@ class GoogleSource:
         where = host or env.get("GCE_METADATA_HOST") or env.get("GCE_METADATA_ROOT") or env.get("GCE_METADATA_IP")
         self._disabled = host is None and env.get("NO_GCE_CHECK", "").lower() == "true"
         self._client = MetadataClient(
-            where or _NAME, timeout=number_from("GCE_METADATA_TIMEOUT", _TIMEOUT_S), fallback="" if where else _ADDRESS
+            where or _NAME, timeout=number_from("GCE_METADATA_TIMEOUT", None), fallback="" if where else _ADDRESS
         )
         self._absent = int(number_from("GCE_METADATA_DETECT_RETRIES", _ABSENT, least=1) or _ABSENT)
         self._mtls = env.get("GCE_METADATA_MTLS_MODE", "none").lower()
