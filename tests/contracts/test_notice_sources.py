@@ -904,7 +904,7 @@ def test_an_event_of_ours_is_not_lost_where_our_name_cannot_be_asked_for(listen:
     with Throttled(limit=10_000) as azure:
         listening = listen(AzureSource(azure.endpoint, SOON))
         azure.wait_for(3, "scheduledevents")
-        azure.name, azure.throttling = "renamed", True
+        azure.compute["name"], azure.throttling = "renamed", True
         azure.schedule("Preempt")
         azure.wait_for(len(azure.requests) + 6)
         assert listening.heard == []

@@ -428,11 +428,10 @@ with guarded() as guard:
         if step == 1:
             os.kill(os.getpid(), signal.SIGTERM)
             say("forwarded", os.read(reader, 1))
-            os.close(writer)
             file = tempfile.TemporaryFile()
-            os.dup2(file.fileno(), writer)
+            os.dup2(file.fileno(), writer)  # closed, and its number taken, at once: a writer thread opens files too
             os.kill(os.getpid(), signal.SIGTERM)
-            guard._session.signals.wake()
+            guard._session._hearing._signals.wake()
             time.sleep(0.2)
             say("written", os.fstat(writer).st_size)
             os._exit(0)

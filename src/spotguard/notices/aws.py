@@ -156,6 +156,8 @@ class AwsSource:
             return {notice_id: self._standing[notice_id]}
         if instant is None or any(one.startswith(_ACTION) for one in self._standing):
             return {}
+        if self.get(_ACTION).status == 200:  # it has come since we looked, is heard in the next round, and says more
+            return {}
         due = due_at(instant, answer)
         if due.stale:
             return self._passed_over(answer.text)

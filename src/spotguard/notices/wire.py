@@ -103,7 +103,7 @@ class Connection:
         version, status, headers = self._head()
         while 100 <= status < 200:
             version, status, headers = self._head()
-        body, whole = (b"", True) if status in (204, 304) else self._body(headers)
+        body, whole = (b"", True) if status in (204, 304) or request.startswith(b"HEAD ") else self._body(headers)
         kept = version != "HTTP/1.0" and "close" not in headers.get("connection", "").lower()
         self.reusable = whole and kept and not self._read
         return Answer(status, headers, body.decode(errors="replace").strip())

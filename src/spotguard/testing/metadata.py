@@ -220,6 +220,7 @@ class FakeAzure(Service):
         limit: Requests that are answered in a second.
 
     Attributes:
+        compute: What the instance metadata says of the VM.
         approved: Events that were asked to begin at once, in the order of the requests.
 
     Example:
@@ -233,7 +234,7 @@ class FakeAzure(Service):
 
     def __init__(self, *, name: str = "myspotvm", first_s: float = 0.0, limit: int = 5) -> None:
         super().__init__()
-        self.name, self.first_s, self.limit = name, first_s, limit
+        self.first_s, self.limit = first_s, limit
         self.incarnation = 0
         self.compute = {
             "name": name,
@@ -250,6 +251,11 @@ class FakeAzure(Service):
         self.approved: list[str] = []
         self._asked: deque[float] = deque()
         self._on = False
+
+    @property
+    def name(self) -> str:
+        """Of the VM, as it stands in `compute`."""
+        return str(self.compute["name"])
 
     @property
     def environment(self) -> dict[str, str]:
