@@ -16,7 +16,7 @@ from spotguard.errors import SpotguardError
 from spotguard.ops.doctor.findings import Finding
 from spotguard.ops.doctor.stores import probe_key, traceless
 from spotguard.pipeline.objects import read_object
-from spotguard.policies import FinalSave, SaveTimes, p95, plan_final_save
+from spotguard.policies import p95, with_margin
 from spotguard.stores import ObjectStore
 
 __all__ = ["Measured", "examine_saves", "read_saves"]
@@ -115,7 +115,7 @@ def examine_saves(store: ObjectStore, least: tuple[float, str] | None) -> list[F
     what += f" ({measured.count} commits of attempt {measured.attempt}, {measured.size / 1e6:.1f} MB)"
     if least is None:
         return [Finding("save", "info", f"{what}; it is not known how long a stop leaves", "set grace=")]
-    fits = plan_final_save(least[0] - measured.step_s, SaveTimes(save_s=measured.save_s)).choice is FinalSave.FRESH
+    fits = measured.step_s + with_margin(measured.save_s) <= least[0]
     compared = f"{what}; {least[1]} leaves {format_seconds(least[0])}"
     if fits:
         return [Finding("save", "ok", compared)]
