@@ -7,16 +7,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from faults.scenario import WHEN, check_content, end_child, fork, save, snapshot_at, write
+from spotguard import SpotGuard, TrainState
 from spotguard.checkpoint import CheckpointId, Claim, Manifest, ShardRecord
 from spotguard.checkpoint.layout import ATTEMPTS, CHECKPOINTS, MANIFESTS
 from spotguard.errors import CheckpointNotFoundError, FencedError, NoUsableCheckpointError
 from spotguard.pipeline.checkpoint_store import CheckpointStore
 from spotguard.pipeline.commit import commit
-from spotguard.pipeline.history import History, claim_and_look, claim_attempt, lineage, open_run, read_history
+from spotguard.pipeline.history import (
+    History,
+    claim_and_look,
+    claim_attempt,
+    lineage,
+    list_claims,
+    open_run,
+    read_history,
+)
 from spotguard.pipeline.resolver import resolve
 from spotguard.pipeline.rollback import roll_back
 from spotguard.pipeline.sweeper import plan_sweep, sweep
@@ -251,6 +261,23 @@ def test_a_commit_and_a_sweep_between_the_listing_and_the_claim_are_not_lost(tmp
     checkpoint = resolve(store).require()
     assert checkpoint is not None
     assert checkpoint.step == 20
+
+
+def test_a_start_that_is_overtaken_while_it_reads_says_so() -> None:
+    class Overtaken(MemoryObjectStore):
+        def open(self, key: str, *, version: str | None = None) -> ObjectReader:
+            if key.startswith(CHECKPOINTS) and set(list_claims(self)) == {1, 2}:
+                claim_attempt(self)  # it reads as well, commits, and its sweep takes away what is older
+                self.delete([info.ref for info in self.list(CHECKPOINTS)])
+            return super().open(key, version=version)
+
+    store = Overtaken()
+    save(store, 10)
+    with (
+        pytest.raises(FencedError, match="attempt 3 has taken over"),
+        SpotGuard(store, TrainState(model=torch.nn.Linear(2, 2)), notices="none"),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("gone", [("attempts",), ("attempts", "manifests"), ("attempts", "manifests", "run.json")])

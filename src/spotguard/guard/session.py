@@ -27,6 +27,7 @@ from spotguard.errors import (
     ConfigError,
     DeadlineExceededError,
     InexactResumeWarning,
+    NoUsableCheckpointError,
     Preempted,
     SaveError,
     StoreAccessError,
@@ -194,6 +195,7 @@ class Session:
 
         Raises:
             NoUsableCheckpointError: There are checkpoints, and none is whole.
+            FencedError: A later attempt has taken over.
         """
         self._began = time.monotonic()
         with Meter("verifying and loading the checkpoint") as meter:
@@ -205,7 +207,11 @@ class Session:
             self.publish(CandidateRejected(checkpoint=candidate.id, reason=candidate.reason))
         for candidate in resolution.deleted[:1]:
             say(f"checkpoint {candidate.id} {candidate.reason}")
-        checkpoint = resolution.require()
+        try:
+            checkpoint = resolution.require()
+        except NoUsableCheckpointError:
+            self._tiers.check_fences(self._attempt)  # a later start may have swept them away meanwhile
+            raise
         if checkpoint is not None and resolution.loaded is not None:
             return Loaded(checkpoint, resolution.loaded, rejected)
         self.publish(FreshStart(attempt=self._attempt))
