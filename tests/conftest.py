@@ -1,5 +1,6 @@
 """What every test has to leave as it found it."""
 
+import gc
 import os
 import signal
 import threading
@@ -15,6 +16,9 @@ __all__ = ["azurite", "gcs", "moto", "seaweedfs"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PATIENCE = 5.0  # seconds for threads that are on their way out
+
+# Accelerate, for one, collects garbage at the start of a training: a second for what a child has from its parent, which is none of it.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 @pytest.fixture(autouse=True)
