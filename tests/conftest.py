@@ -17,7 +17,7 @@ __all__ = ["azurite", "gcs", "moto", "seaweedfs"]
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PATIENCE = 5.0  # seconds for threads that are on their way out
 
-# Accelerate, for one, collects garbage at the start of a training: a second for what a child has from its parent, which is none of it.
+# Accelerate collects garbage at the start of a training. In a child most of what it looks through for seconds is its parent's.
 os.register_at_fork(after_in_child=gc.freeze)
 
 
@@ -74,6 +74,12 @@ def _wakeup_descriptor() -> int:
 
 def _settings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("SPOTGUARD_")}
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: neither we nor a forked child need look through it for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
