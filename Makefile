@@ -11,7 +11,7 @@ demo: $(READY)
 	$(BIN)/spotguard rehearse --output rehearsal -- $(BIN)/python examples/digits/train.py
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 5 --dist loadgroup
 
 soak: $(READY)
 	FAULTED_SAVES=2000 $(BIN)/python -m pytest --timeout 3600 tests/faults/test_s3_trouble.py -k over_a_faulty_network

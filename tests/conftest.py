@@ -17,6 +17,11 @@ __all__ = ["azurite", "gcs", "moto", "seaweedfs"]
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _PATIENCE = 5.0  # seconds for threads that are on their way out
 
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # started in the background of a script; whatever a test starts would have it so, too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # Accelerate collects garbage at the start of a training. In a child most of what it looks through for seconds is its parent's.
 os.register_at_fork(after_in_child=gc.freeze)
 
