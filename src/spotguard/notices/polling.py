@@ -20,7 +20,7 @@ class PollingSource:
 
     Args:
         name: Name of the source.
-        asked: Returns what was asked for, or None. An OSError it raises is logged once and it is asked again later.
+        asked: Returns what was asked for, or None. What it raises is no news: it is logged when it begins, and asked again later.
         interval: Seconds between two questions; longer where the answer costs more than a two-thousandth of that in CPU time (a request to
             S3, some milliseconds), but no more than 10 for that.
 
@@ -43,13 +43,15 @@ class PollingSource:
             began = time.thread_time()
             try:
                 detail = self._asked()
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001 - as in `Poller`: no news
                 detail = None
                 if not complained:
                     logger.warning("cannot look for a request to stop, will go on trying: %s", error)
                 complained = True
+            else:
+                complained = False
             if detail is not None:
-                emit(PreemptionNotice(source=self.name, kind="request", detail=detail))
+                emit(PreemptionNotice(source=self.name, kind="request", detail=detail, id=self.name))
                 return
             costs = (time.thread_time() - began) * _SHARE
             if stop.wait(max(self._interval, min(costs, _SELDOM_S))):

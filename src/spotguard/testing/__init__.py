@@ -9,6 +9,17 @@
         def store(self) -> MyStore:
             return MyStore(...)
 
+    from spotguard.testing import NoticeSourceContract
+
+    class TestMySource(NoticeSourceContract):
+        @pytest.fixture
+        def new_source(self) -> Callable[[], MySource]:
+            return lambda: MySource(...)
+
+        @pytest.fixture
+        def announce(self) -> Callable[[], None]:
+            return ...  # a function that has a notice stand; what else there is, the class tells
+
 - `FaultProxy` makes the trouble of networks and services between a client and its object store.
 - `FakeAws`, `FakeGoogle` and `FakeAzure` tell of interruptions, over HTTP on loopback, as the clouds do::
 
@@ -25,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from spotguard.testing.metadata import FakeAws, FakeAzure, FakeGoogle
+    from spotguard.testing.notice_source import NoticeSourceContract
     from spotguard.testing.object_store import ObjectStoreContract
     from spotguard.testing.proxy import (
         Call,
@@ -44,8 +56,8 @@ if TYPE_CHECKING:
         nth,
     )
 
-if "pytest" in sys.modules:  # before the suite is imported, in whatever way
-    sys.modules["pytest"].register_assert_rewrite("spotguard.testing.object_store")
+if "pytest" in sys.modules:  # before a suite is imported, in whatever way
+    sys.modules["pytest"].register_assert_rewrite("spotguard.testing.notice_source", "spotguard.testing.object_store")
 
 __all__ = [
     "Call",
@@ -58,6 +70,7 @@ __all__ = [
     "Flip",
     "Latency",
     "LostResponse",
+    "NoticeSourceContract",
     "ObjectStoreContract",
     "Request",
     "Reset",
@@ -71,6 +84,7 @@ __all__ = [
 
 _HOME = {
     **dict.fromkeys(["FakeAws", "FakeAzure", "FakeGoogle"], "metadata"),
+    "NoticeSourceContract": "notice_source",
     "ObjectStoreContract": "object_store",
 }
 
