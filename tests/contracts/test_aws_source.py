@@ -184,6 +184,18 @@ def test_a_service_that_is_switched_off_is_told_of_once_and_asked_again_much_lat
     assert sum("switched off" in record.getMessage() for record in caplog.records) == 1
 
 
+def test_one_that_is_switched_on_again_is_heard(listen: Listen, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("aws", "imds"):
+        monkeypatch.setattr(f"spotguard.notices.{module}.OFF_S", 10 * SOON)
+    with FakeAws(off=True) as aws:
+        listening = listen(AwsSource(aws.endpoint, SOON))
+        aws.wait_for(4)
+        assert listening.heard == []
+        aws.interrupt()
+        aws.off = False
+        assert listening.wait().action == "stop"
+
+
 def test_where_tokens_hang_the_first_version_is_asked(listen: Listen) -> None:
     with FakeAws(v2_only=False, hop_limit_hang=True) as aws:
         aws.interrupt()

@@ -58,6 +58,16 @@ def test_the_first_request_may_take_its_time(listen: Listen) -> None:
         assert sum("scheduledevents" in one.path for one in azure.requests) == 1
 
 
+def test_one_that_asks_too_often_is_throttled_and_hears_all_the_same(listen: Listen) -> None:
+    with FakeAzure() as azure:  # 5 a second
+        listening = listen(AzureSource(azure.endpoint, SOON))
+        azure.wait_for(12)
+        assert {exchange.reply.status for exchange in azure.exchanges} == {200, 429}
+        assert listening.heard == []
+        azure.schedule("Preempt")
+        assert listening.wait().action == "stop"
+
+
 def test_an_event_of_ours_is_not_lost_where_our_name_cannot_be_asked_for(listen: Listen) -> None:
     class Throttled(FakeAzure):
         throttling = False

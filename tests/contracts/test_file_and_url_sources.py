@@ -130,6 +130,37 @@ def test_a_url_may_say_how_long_and_what(listen: Listen) -> None:
         assert listening.wait(2).action == "withdrawn"
 
 
+@pytest.mark.parametrize(("seconds_ago", "heard"), [(20, True), (3600, False)], ids=["a moment ago", "an hour ago"])
+def test_a_url_may_name_a_time_that_has_passed(listen: Listen, seconds_ago: float, heard: bool) -> None:
+    with FakeUrl() as fake:
+        instant = dt.datetime.now(dt.timezone.utc) - dt.timedelta(seconds=seconds_ago)
+        fake.notice = {"action": "stop", "deadline": instant.isoformat()}
+        listening = listen(UrlSource(f"{fake.endpoint}/notice", SOON))
+        if heard:
+            assert left(listening.wait()) < 1
+            assert not listening.heard[0].firm
+        else:
+            fake.wait_for(4)
+            assert listening.heard == []
+
+
+@pytest.mark.parametrize("fields", [{}, {"deadline": None}, {"deadline": "soon"}, {"deadline": 7}])
+def test_a_url_need_not_name_a_time(listen: Listen, fields: dict[str, object]) -> None:
+    with FakeUrl() as fake:
+        fake.notice = {"action": "stop", **fields}
+        notice = listen(UrlSource(f"{fake.endpoint}/notice", SOON)).wait()
+        assert (notice.deadline, notice.grace) == (None, None)
+
+
+def test_a_url_that_is_not_found_has_no_notice(listen: Listen) -> None:
+    with FakeUrl() as fake:
+        fake.notice = {"action": "stop"}
+        listening = listen(UrlSource(f"{fake.endpoint}/notice", SOON))
+        listening.wait()
+        fake.fail_next(404)
+        assert listening.wait(2).action == "withdrawn"
+
+
 def test_a_url_behind_tls_is_asked_and_one_that_nobody_vouches_for_is_not(
     tmp_path: Path, listen: Listen, monkeypatch: pytest.MonkeyPatch
 ) -> None:

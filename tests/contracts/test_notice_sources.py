@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from contracts.sources import SOON, Listen, Service, also_at
+from contracts.sources import SOON, Listen, Service, also_at, left
 from spotguard.notices import AwsSource, AzureSource, NoticeSource
 from spotguard.testing import NoticeSourceContract
 from spotguard.testing.metadata import FakeAws, FakeAzure
@@ -47,7 +47,21 @@ class TestOverHttp(NoticeSourceContract):
                 yield service.source(f"http://127.0.0.1:{silent.getsockname()[1]}")
 
 
-@pytest.mark.parametrize("status", [400, 405, 410, 429, 500, 502, 503])
+def test_an_interruption_is_a_stop_and_a_preemption(service: Service, listen: Listen) -> None:
+    service.announce()
+    notice = listen(service.source()).wait()
+    assert (notice.source, notice.kind, notice.action) == (service.name, "preemption", "stop")
+
+
+@pytest.mark.parametrize("service", ["aws", "azure", "url"], indirect=True)
+def test_one_that_comes_late_leaves_what_is_left(service: Service, listen: Listen) -> None:
+    service.announce(in_s=7)
+    notice = listen(service.source()).wait()
+    assert 4 < left(notice) <= 8  # times of day are told in whole seconds
+    assert notice.firm
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 405, 410, 429, 500, 502, 503, 504])
 def test_a_burst_of_errors_is_no_news_and_is_survived(service: Service, listen: Listen, status: int) -> None:
     service.fake.fail_next(status, times=3)
     listening = listen(service.source())
@@ -72,11 +86,22 @@ def test_nonsense_is_no_reason_to_stop_listening(service: Service, listen: Liste
     assert listening.watcher.notice.action == "stop"
 
 
-def test_a_redirect_is_not_followed(service: Service, listen: Listen) -> None:
+@pytest.mark.parametrize("service", ["google", "azure", "url"], indirect=True)
+def test_where_access_is_denied_for_a_while_is_survived_too(service: Service, listen: Listen) -> None:
+    service.fake.fail_next(403, times=3)
+    listening = listen(service.source())
+    service.fake.wait_for(4)
+    assert listening.heard == []
+    service.announce()
+    assert listening.wait().action == "stop"
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_not_followed(service: Service, listen: Listen, status: int) -> None:
     elsewhere = Service(service.name)
     with elsewhere.fake:
         elsewhere.announce()
-        service.fake.fail_next(302, times=3, headers={"Location": f"{elsewhere.fake.endpoint}/"})
+        service.fake.fail_next(status, times=3, headers={"Location": f"{elsewhere.fake.endpoint}/"})
         listening = listen(service.source())
         service.fake.wait_for(3)
         assert elsewhere.fake.requests == []
@@ -92,10 +117,21 @@ def test_a_proxy_is_never_asked(service: Service, listen: Listen, monkeypatch: p
     assert listen(service.source()).wait().action == "stop"
 
 
-def test_a_service_that_is_not_there_is_no_news(service: Service, listen: Listen) -> None:
-    listening = listen(service.source("http://127.0.0.1:1"))
-    time.sleep(0.2)
+def test_a_service_that_refuses_connections_is_no_news_and_is_heard_when_it_is_there(
+    service: Service, listen: Listen, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as reserved:
+        reserved.bind(("127.0.0.1", 0))  # and nobody listens there
+        port = reserved.getsockname()[1]
+        listening = listen(service.source(f"http://127.0.0.1:{port}"))
+        until = time.monotonic() + 10
+        while "refused" not in caplog.text and time.monotonic() < until:
+            time.sleep(SOON)
+    assert "refused" in caplog.text
     assert listening.heard == []
+    service.announce()
+    with also_at(service.fake, "127.0.0.1", port):
+        assert listening.wait().action == "stop"
 
 
 def test_a_service_that_does_not_answer_holds_nobody_up(service: Service, listen: Listen) -> None:
