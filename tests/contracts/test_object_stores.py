@@ -226,6 +226,13 @@ def test_a_place_where_no_directory_can_be_made_is_an_access_error(tmp_path: Pat
             put(store, "object", b"x")
 
 
+def test_what_cannot_be_looked_at_is_an_error_and_not_missing(tmp_path: Path) -> None:
+    (tmp_path / "stop").symlink_to(tmp_path / "stop")
+    with pytest.raises(StoreError) as caught:
+        LocalObjectStore(tmp_path).stat("stop")
+    assert caught.value.errno == errno.ELOOP
+
+
 def test_stores_in_memory_are_shared_by_name() -> None:
     put(MemoryObjectStore.named("contract-shared"), "object", b"x")
     assert get(MemoryObjectStore.named("contract-shared"), "object") == b"x"

@@ -102,3 +102,26 @@ def test_a_look_that_costs_much_is_taken_seldom(listen: Listen, costs_s: float, 
     listening.watcher.watch(PollingSource("request", look, 0.001))
     time.sleep(1.0)
     assert (len(looks) == 1) is seldom
+
+
+def test_trouble_is_told_of_once_and_again_when_it_comes_again(
+    listen: Listen, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers: list[OSError | str | None] = [
+        OSError("a"),
+        OSError("b"),
+        None,
+        OSError("c"),
+        OSError("d"),
+        "a stop object",
+    ]
+
+    def ask() -> str | None:
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    listen(PollingSource("request", ask, 0.001)).wait()
+    told = [record.getMessage()[-3:] for record in caplog.records if "cannot look" in record.getMessage()]
+    assert told == [": a", ": c"]

@@ -63,7 +63,7 @@ class AzureSource:
     def _forget(self) -> None:
         self._own: str | None = None
         self._answered = False
-        self._incarnation: object = None
+        self._seen: str | None = None
         self._standing: dict[str, tuple[PreemptionNotice, dict[str, Any]]] = {}
 
     def watch(self, emit: Callable[[PreemptionNotice], None], stop: threading.Event) -> None:
@@ -104,13 +104,13 @@ class AzureSource:
         answer = self.get(_EVENTS, read_s=None if self._answered else _FIRST_S)
         if answer.status != 200:  # 410: in the middle of a move, for up to 70 s; 429: too often
             raise ConnectionError(f"events: status {answer.status}")
+        if answer.text == self._seen:
+            return None
         document = parse_json(answer.text)
         events = document.get("Events") if document is not None else None
         if document is None or not isinstance(events, list):
             raise ConnectionError("events: not the JSON that was asked for")
         self._answered = True
-        if document.get("DocumentIncarnation") == self._incarnation and self._incarnation is not None:
-            return None
         found, certain = self._own_events(events), True
         if events and not found:  # is our name what we take it for?
             try:
@@ -131,7 +131,7 @@ class AzureSource:
             if event.get("EventStatus") != "Started":  # one that has begun is over
                 emit(notice.withdrawn())
         if certain:  # and all of it has been told
-            self._incarnation = document.get("DocumentIncarnation")
+            self._seen = answer.text
         return None
 
     def _name(self) -> str:

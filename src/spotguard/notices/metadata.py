@@ -82,7 +82,7 @@ class MetadataClient:
         Raises:
             OSError: There is no answer.
         """
-        request = request_of(method, f"{self._path}{path}", self._named, headers or {}, body)
+        request = request_of(method, f"{self._path}{path}", self._named, tuple((headers or {}).items()), body)
         for _ in range(self._attempts - 1):
             with contextlib.suppress(OSError):
                 return self._send(request, read_s or self._read_s)

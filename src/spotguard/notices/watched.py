@@ -60,6 +60,7 @@ class FileSource(_Told):
 
     def __init__(self, path: str | Path, interval: float = 1.0) -> None:
         self._path, self._poller = Path(path), Poller(self.name, interval)
+        self._name = str(self._path)
         self._forget()
 
     def _forget(self) -> None:
@@ -74,7 +75,7 @@ class FileSource(_Told):
 
     def _look(self, emit: Callable[[PreemptionNotice], None]) -> None:
         try:
-            found = self._path.stat()
+            found = os.stat(self._name)  # noqa: PTH116 - a `Path` costs as much again
         except (FileNotFoundError, NotADirectoryError):
             self._tell(None, emit)
             self._forget()
