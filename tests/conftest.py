@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from servers import azurite, gcs, moto, seaweedfs
 __all__ = ["azurite", "gcs", "moto", "seaweedfs"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_LONG = ("equivalence", "integration", "packaging")
 _PATIENCE = 5.0  # seconds for threads that are on their way out
 
 if (
@@ -79,6 +81,19 @@ def _wakeup_descriptor() -> int:
 
 def _settings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith("SPOTGUARD_")}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first, and those that wait for processes among those that compute: the machine has work all along."""
+    totals = Counter(item.path.parent.name for item in items)
+    seen = Counter[str]()
+
+    def place(item: pytest.Item) -> float:
+        folder = item.path.parent.name
+        seen[folder] += 1
+        return seen[folder] / totals[folder] if folder in _LONG else 2.0
+
+    items.sort(key=place)
 
 
 def pytest_collection_finish() -> None:
