@@ -16,20 +16,20 @@ Record = Callable[[str, object], None]
 def test_a_fit_that_is_killed_anywhere_ends_the_same(
     case: Case, tmp_path: Path, record_property: Record, request: pytest.FixtureRequest
 ) -> None:
-    """For the page in every batch; else in every other one, in turns with the next feature."""
+    """For the page in every batch; else in every third one, in turns with the next features."""
     record_property("feature", [CASES.index(case), case.feature])
     record_property("column", "SIGKILL in every batch")
     untouched = tmp_path / "untouched"
     assert run_fit(case, untouched) == 0, (untouched / "stderr.txt").read_text()
     steps, all_of_them = [], request.config.getoption("--matrix") is not None
-    first, apart = (0, 1) if all_of_them else (CASES.index(case) % 2, 2)
+    first, apart = (0, 1) if all_of_them else (CASES.index(case) % 3, 3)
     for tick in range(first, int((untouched / "ticks").read_text()), apart):
         folder = tmp_path / f"kill-{tick}"
         assert run_fit(case, folder, kill_at=tick) == -signal.SIGKILL
         assert run_fit(case, folder) == 0, (folder / "stderr.txt").read_text()
         assert_same_fit(untouched, folder, f"SIGKILL at tick {tick}", once=False)
         steps.append(resumed_from(folder))
-    assert len(set(steps)) >= 3, f"the second start went on from {steps}"
+    assert len(set(steps)) >= 2, f"the second start went on from {steps}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.feature)
