@@ -85,5 +85,8 @@ def test_three_kills_in_one_run(case: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", MORE, ids=str)
 def test_sigkill_at_sampled_boundaries_of_further_loaders(case: Case, tmp_path: Path) -> None:
     untouched, ticks = untouched_run(case, tmp_path)
-    steps = [kill_and_finish(case, untouched, tmp_path / f"kill-{tick}", tick) for tick in range(1, ticks, max(5, ticks // 8))]
+    steps = [
+        kill_and_finish(case, untouched, tmp_path / f"kill-{tick}", tick)
+        for tick in range(1, ticks, max(5, ticks // 8))
+    ]
     assert len(set(steps)) >= 3, f"the second start went on from {steps}"
