@@ -140,7 +140,7 @@ class Preempted(SystemExit):
     """Raised at a step boundary once the final checkpoint is committed, or has failed twice: then an older one stands.
 
     It is a `SystemExit`: left alone, the process ends with `code`, which is not 0 while work remains, so that a
-    scheduler starts it again; 0 only in SageMaker, which restarts by itself what it has interrupted. 143 is what a shell
+    scheduler starts it again; 0 only after a SIGTERM of SageMaker, which restarts by itself what it has interrupted. 143 is what a shell
     reports for a process ended by SIGTERM (128 + 15).
 
     Attributes:

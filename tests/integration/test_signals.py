@@ -1,5 +1,6 @@
 """Real signals to real processes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -46,6 +47,25 @@ def test_a_signal_is_heard_inside_a_step_and_the_step_is_finished_and_committed(
     assert newest_step(tmp_path) == 4
     assert [event["detail"] for event in logged(tmp_path, "NoticeReceived")] == [number.name]
     assert [event["checkpoint"] for event in logged(tmp_path, "Stopped")] == ["0001-0000000004"]
+
+
+@pytest.mark.parametrize(("asked", "status"), [("signal", 0), ("object", 143)])
+def test_only_a_signal_of_a_platform_that_starts_again_by_itself_is_answered_by_0(
+    tmp_path: Path, asked: str, status: int
+) -> None:
+    with Script(WAITS_IN_STEP_3, tmp_path, SPOTGUARD_POLL_S="0.02", TRAINING_JOB_NAME="mine") as script:
+        script.wait_for("ready")
+        if asked == "signal":
+            script.send(signal.SIGTERM)
+            script.wait_for("notice SIGTERM")
+        else:
+            with LocalObjectStore(tmp_path).create("stop"):
+                pass
+            script.wait_for("notice a request to stop")
+        script.release()
+        assert script.end() == (status, ["released"])
+    assert newest_step(tmp_path) == 4
+    assert json.loads((tmp_path / "exit.json").read_text())["exit_code"] == status
 
 
 def test_a_stop_object_does_the_same_and_is_consumed(tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ ASK_S = 5.0
 WRITE_S = 300.0
 """Patience for a snapshot that is being written."""
 
+_STOPPED = 143  # 128 + SIGTERM
+
 
 class Ending:
     """Sees an attempt to its end, where the loop comes to one and where it is stuck.
@@ -103,25 +105,25 @@ class Ending:
             What to raise.
         """
         last, step = self._writer.checkpoint, (self._saver.held or self._place()).step
-        identity, seconds = last.id if last else None, time.monotonic() - began
+        identity, seconds, code = last.id if last else None, time.monotonic() - began, self._code(notice)
         self.begin()
         self.limit()
-        self._say("preempted", step, notice=notice.detail)
+        self._say("preempted", step, notice=notice.detail, exit_code=code)
         if self._writer.error is None:
             self._take_request_away()
         self._bus.publish(Stopped(checkpoint=identity, step=step, reason=notice.detail, seconds=seconds))
         if self._gate is not None:
-            self._gate.ask("stopped", step=step, checkpoint=identity, seconds=seconds, code=self._exit_code)
+            self._gate.ask("stopped", step=step, checkpoint=identity, seconds=seconds, code=code)
         if durable:
             self._bus.flush(self._patience.of(ASK_S))  # behind it the machine may be gone at once
             self._hearing.confirm(self._patience.of(ASK_S))
-        return Preempted(identity, reason=notice.detail, code=self._exit_code)
+        return Preempted(identity, reason=notice.detail, code=code)
 
     def finish(self) -> None:
         """The loop has come to its end, and that is committed."""
         last, step = self._writer.checkpoint, self._place().step
         self._bus.publish(RunFinished(checkpoint=last.id if last else None, step=step))
-        self._say("finished", step)
+        self._say("finished", step, exit_code=0)
         self._take_request_away()
         say(f"finished at step {step}" + (f", checkpoint {last.id}" if last else ""))
         if self._gate is not None:
@@ -134,6 +136,10 @@ class Ending:
             self.limit()
             self._say("failed", self._place().step, detail=f"{type(error).__name__}: {error}"[:500])
 
+    def _code(self, notice: PreemptionNotice) -> int:
+        """Where 0 is the answer to a platform that stops us, it is none to anybody else: there it would say that the work is done."""
+        return self._exit_code or (0 if notice.kind == "signal" else _STOPPED)
+
     def _say(
         self,
         state: Literal["preempted", "finished", "failed"],
@@ -141,6 +147,7 @@ class Ending:
         *,
         notice: str | None = None,
         detail: str = "",
+        exit_code: int | None = None,
         final: bool = True,
     ) -> None:
         """Leave word of it, for schedulers."""
@@ -153,7 +160,7 @@ class Ending:
             checkpoint=last.id if last else None,
             notice=notice,
             detail=detail or reason,
-            exit_code={"preempted": self._exit_code, "finished": 0}.get(state),
+            exit_code=exit_code,
             final=final,
             patience=self._patience.of(ASK_S),
         )
@@ -179,6 +186,7 @@ class Ending:
                 return
             say(f"no step boundary before the deadline: {what}")
             detail = f"no step boundary came: {what}"
-            self._say("preempted", self._place().step, notice=notice.detail, detail=detail, final=False)
+            step, code = self._place().step, self._code(notice)
+            self._say("preempted", step, notice=notice.detail, detail=detail, exit_code=code, final=False)
             if found or not self._writer.busy:
                 return
