@@ -22,20 +22,8 @@ INSTANCE = "/computeMetadata/v1/instance"
 
 
 @pytest.fixture
-def aws() -> Iterator[FakeAws]:
-    with FakeAws() as fake:
-        yield fake
-
-
-@pytest.fixture
 def google() -> Iterator[FakeGoogle]:
     with FakeGoogle(second_s=0.01) as fake:
-        yield fake
-
-
-@pytest.fixture
-def azure() -> Iterator[FakeAzure]:
-    with FakeAzure(limit=10_000) as fake:
         yield fake
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from equivalence.test_kill_anywhere import finish, kill_and_finish, untouched_run
+from equivalence.test_kill_anywhere import GRID, MORE, finish, kill_and_finish, untouched_run
 from equivalence.training import Case, assert_same, resumed_from, run_once
 from servers import S3Server
 
@@ -57,11 +57,12 @@ def test_sigterm_at_boundaries_of_a_run_in_a_bucket(case: Case, tmp_path: Path, 
         assert_same(untouched, folder, f"SIGTERM at tick {tick}")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*GRID, *MORE], ids=str)
 def test_three_kills_in_one_run_in_a_bucket(case: Case, tmp_path: Path, bucket: str) -> None:
+    """Every case of the plain loop."""
     untouched, ticks = untouched_run(case, tmp_path)
     draw = random.Random(str(case))
-    for attempt in range(2):
+    for attempt in range(2 if case in CASES else 1):
         folder = folder_in(bucket, tmp_path / f"run-{attempt}")
         kills = [(draw.randrange(2, ticks // 4), number) for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM)]
         for tick, number in kills:

@@ -67,12 +67,11 @@ class Budget:
         ends = [notice.deadline] if notice.deadline is not None else []
         if self.grace_s is not None and self._is_hurried(notice):
             ends.append(notice.received + self.grace_s)
-        if (
-            ends and min(ends) <= notice.received
-        ):  # it had passed when we heard of it: we may go at any moment, and we may not
+        # It had passed when we heard of it: we may go at any moment, and we may not.
+        if ends and min(ends) <= notice.received:
             return Deadline(min(ends), firm=False)
         if ends:
-            firm = notice.firm or min(ends) != notice.deadline
+            firm = notice.firm or min(ends) != notice.deadline  # then it is the user's word
             return Deadline(min(ends) - reserve_of(min(ends) - notice.received), firm)
         usual = self.platform.signal_s if notice.kind == "signal" else self.platform.grace_s
         usual = notice.grace if notice.grace is not None else usual

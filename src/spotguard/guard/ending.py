@@ -18,6 +18,7 @@ from spotguard.guard.patience import Patience
 from spotguard.guard.saver import Place, Saver
 from spotguard.guard.stand_by import StandBy
 from spotguard.notices import PreemptionNotice
+from spotguard.notices.platforms import STOPPED
 from spotguard.pipeline.objects import outcomes
 from spotguard.pipeline.writer import Writer
 from spotguard.stores import ObjectRef, ObjectStore
@@ -30,8 +31,6 @@ ASK_S = 5.0
 """Patience for what is only a help: the exit record, the removal of a request, the event log, the ends of threads."""
 WRITE_S = 300.0
 """Patience for a snapshot that is being written."""
-
-_STOPPED = 143  # 128 + SIGTERM
 
 
 class Ending:
@@ -138,7 +137,7 @@ class Ending:
 
     def _code(self, notice: PreemptionNotice) -> int:
         """Where 0 is the answer to a platform that stops us, it is none to anybody else: there it would say that the work is done."""
-        return self._exit_code or (0 if notice.kind == "signal" else _STOPPED)
+        return self._exit_code or (0 if notice.kind == "signal" else STOPPED)
 
     def _say(
         self,

@@ -24,9 +24,8 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self._instants: collections.deque[float] = collections.deque(
-            maxlen=128
-        )  # of ends; negative ones are of beginnings
+        # Of ends; negative ones are of beginnings.
+        self._instants: collections.deque[float] = collections.deque(maxlen=128)
         self.boundary = self._instants.append
 
     def resume(self) -> None:

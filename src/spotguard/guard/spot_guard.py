@@ -51,7 +51,7 @@ class SpotGuard:
             which ``"auto"`` may stand too. SIGTERM, SIGINT and the ``stop`` object are always heard.
         grace: How long the platform leaves us after a signal, such as ``"30s"``. Default: ``SPOTGUARD_GRACE``, else what is known of the
             platform.
-        exit_code: Exit status after a stop. Default: ``SPOTGUARD_EXIT_CODE``, else 143.
+        exit_code: Exit status after a stop. Default: ``SPOTGUARD_EXIT_CODE``, else 143, and 0 after a SIGTERM of SageMaker.
         on_event: Called with every event, in a thread of its own.
 
     Attributes:

@@ -42,7 +42,7 @@ class SpotGuardCallback(Callback):  # type: ignore[misc]
             Default: ``SPOTGUARD_KEEP``, else 3.
         notices: ``"auto"``, ``"none"``, or a list of sources; as for `SpotGuard`.
         grace: How long the platform leaves us after a signal; as for `SpotGuard`.
-        exit_code: Exit status after a stop. Default: ``SPOTGUARD_EXIT_CODE``, else 143.
+        exit_code: Exit status after a stop. Default: ``SPOTGUARD_EXIT_CODE``, else 143, and 0 after a SIGTERM of SageMaker.
         on_event: Called with every event, in a thread of its own.
         log_metrics: Log ``spotguard/stall_s`` (seconds the last save stopped training), ``spotguard/last_durable_age_s`` (seconds since the
             last commit) and ``spotguard/lost_steps`` (batches that would have to be trained again) to progress bar and loggers.

@@ -15,9 +15,12 @@ from spotguard.notices.azure import AzureSource
 from spotguard.notices.base import NoticeSource
 from spotguard.notices.google import GoogleSource
 
-__all__ = ["Cloud", "Layer", "Platform", "auto_sources", "detect_platform", "reserve_of"]
+__all__ = ["STOPPED", "Cloud", "Layer", "Platform", "auto_sources", "detect_platform", "reserve_of"]
 
 Cloud = Literal["aws", "google", "azure"]
+STOPPED = 143
+"""Exit status after a stop: 128 + SIGTERM, as a shell reports it. No scheduler takes it for success."""
+
 _DMI = Path("/sys/class/dmi/id")
 _SAGEMAKER = Path("/opt/ml/input/config")  # SageMaker mounts it, whatever the image does with the environment
 _AZURE_TAG = "7783-7084-3265-9085-8269-3286-77"  # cloud-init, ChassisAssetTag.AZURE_CLOUD
@@ -44,7 +47,7 @@ class Layer:
     lengthen: str
     signals: tuple[str, ...] = ()
     sends: bool = True
-    exit_code: int = 143
+    exit_code: int = STOPPED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +57,8 @@ class Platform:
     Attributes:
         cloud: Whose metadata service can be asked; None where there is none, or it is switched off.
         layers: Who can stop the process, the machine first.
-        exit_code: Exit status after a stop. 143 is 128 + SIGTERM: no scheduler takes it for success. It is 0 where the platform itself
-            restarts what it has interrupted, and takes anything else for a failure.
+        exit_code: Exit status after a stop: `STOPPED`; 0 where the platform itself restarts what it has interrupted, and takes anything
+            else for a failure.
 
     Example:
         >>> pod = detect_platform({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, dmi=Path("/nowhere"))
@@ -65,7 +68,7 @@ class Platform:
 
     cloud: Cloud | None = None
     layers: tuple[Layer, ...] = ()
-    exit_code: int = 143
+    exit_code: int = STOPPED
 
     @property
     def tightest(self) -> Layer | None:
@@ -125,7 +128,7 @@ def detect_platform(
     layers += [_in_pod(layer, cloud) if layer.name == "kubernetes" else layer for layer in found]
     if env.get("TORCHELASTIC_RUN_ID"):
         layers.append(_torchrun(env))
-    exit_code = min([layer.exit_code for layer in layers], default=143)
+    exit_code = min([layer.exit_code for layer in layers], default=STOPPED)
     return Platform(cloud if not _is_off(cloud, env) else None, tuple(layers), exit_code)
 
 

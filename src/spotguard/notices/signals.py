@@ -189,18 +189,15 @@ class SignalSource:
         except BlockingIOError:
             return b""
         if numbers and self._forward_fd != -1:
-            with contextlib.suppress(
-                OSError
-            ):  # full or closed: its owner sees to that, as with a byte from the C handler
+            # Full or closed: its owner sees to that, as with a byte from the C handler.
+            with contextlib.suppress(OSError):
                 os.write(self._forward_fd, numbers)
         return bytes(number for number in numbers if number in self._previous)
 
     def _arrived(self, number: signal.Signals, emit: Callable[[PreemptionNotice], None]) -> None:
         now = time.monotonic()
-        any_of = (
-            self._first.values() if number == signal.SIGINT else [self._first[number]] if number in self._first else []
-        )
-        first = min(any_of, default=None)
+        counts = [at for other, at in self._first.items() if other == number or number == signal.SIGINT]
+        first = min(counts, default=None)
         if first is None:
             self._first[number] = now
             emit(self._notice(number))

@@ -113,9 +113,8 @@ class Connection:
     def interrupt(self) -> None:
         """End what is under way, from another thread."""
         try:
-            socket.socket.shutdown(
-                self._socket, socket.SHUT_RDWR
-            )  # of TLS too: its own would take the session away from the reader
+            # Of TLS too: its own would take the session away from the reader.
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
         except OSError:  # closed already
             return
 

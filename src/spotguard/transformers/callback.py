@@ -37,7 +37,7 @@ class SpotGuardTrainerCallback(TrainerCallback):  # type: ignore[misc]
             Default: ``SPOTGUARD_KEEP``, else 3.
         notices: ``"auto"``, ``"none"``, or a list of sources; as for `SpotGuard`.
         grace: How long the platform leaves us after a signal; as for `SpotGuard`.
-        exit_code: Exit status after a stop. Default: ``SPOTGUARD_EXIT_CODE``, else 143.
+        exit_code: Exit status after a stop. Default: ``SPOTGUARD_EXIT_CODE``, else 143, and 0 after a SIGTERM of SageMaker.
         on_event: Called with every event, in a thread of its own.
 
     Raises:
