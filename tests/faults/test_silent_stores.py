@@ -120,6 +120,25 @@ def test_a_link_that_is_slow_but_moves_is_no_stall(place: Callable[..., S3Object
     assert get(place(), "object") == data
 
 
+def test_a_link_that_becomes_slow_between_two_transfers_costs_one_try(
+    place: Callable[..., S3ObjectStore], seaweedfs: S3Server
+) -> None:
+    """The second one begins with as many bytes at once as the first ended with: more than the link now takes before it seems to stall."""
+    first, second = os.urandom(64 * MIB), os.urandom(3 * MIB)
+    with FaultProxy(seaweedfs.endpoint, bandwidth=1e9) as link:
+        store = place(link.uri, stall_s=1.0, connections=1)
+        put(store, "first", first)
+        assert store.connection.up.stride > 2 * MIB
+        link.bandwidth = 600_000
+        put(store, "second", second)
+        assert len([request for request in link.requests if "second" in request.path]) <= 4
+        link.bandwidth = 1e9
+        assert get(store, "first") == first
+        link.bandwidth = 600_000
+        assert get(store, "second") == second
+    assert get(place(), "second") == second
+
+
 @pytest.mark.parametrize("fault", [Reset(20, "response"), Stall(20, "response")], ids=str)
 def test_an_answer_that_breaks_off_within_an_error_is_an_error_of_the_store(
     place: Callable[..., S3ObjectStore], proxy: FaultProxy, fault: Any

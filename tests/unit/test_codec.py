@@ -3,7 +3,11 @@
 import collections
 import io
 import mmap
+import os
 import pickle
+import re
+import resource
+import time
 import zipfile
 from pathlib import Path
 from typing import IO, Any, cast
@@ -372,3 +376,54 @@ def test_a_memory_file_is_a_file() -> None:
     assert file.seek(100) == 100
     assert file.read(1) == b""
     assert cast("IO[bytes]", file).read() == b""
+
+
+def test_a_forked_child_finds_nothing_of_a_snapshot_and_costs_the_next_one_nothing() -> None:
+    """As a worker of a data loader does. Pages that it shared would be copied one by one when they are written to."""
+    buffers, weight = HostBuffers(), torch.ones(8 << 20)
+    image = buffers.capture("model", {"weight": weight})
+    child = os.fork()
+    if not child:
+        try:
+            found = any(image[:: 1 << 16])
+            time.sleep(0.5)  # it lives on while the parent goes on
+            os._exit(found)
+        finally:
+            os._exit(2)
+    weight += 1
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    image = buffers.capture("model", {"weight": weight})
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert os.waitpid(child, 0)[1] == 0
+    assert faults < len(image) / resource.getpagesize() / 10
+    assert first_difference(decode(image, key="model"), {"weight": torch.full((8 << 20,), 2.0)}) is None
+
+
+def test_a_forked_child_can_take_a_snapshot_of_its_own() -> None:
+    buffers, weight = HostBuffers(), torch.ones(1000)
+    image = buffers.capture("model", {"weight": weight})
+    child = os.fork()
+    if not child:
+        try:
+            found = decode(buffers.capture("model", {"weight": weight.fill_(2)}), key="model")
+            os._exit(first_difference(found, {"weight": torch.full((1000,), 2.0)}) is not None)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert first_difference(decode(image, key="model"), {"weight": torch.ones(1000)}) is None
+
+
+def test_a_snapshot_lies_in_large_pages_where_the_system_has_them() -> None:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[never]" in setting.read_text():
+        pytest.skip("this system has no large pages for those who ask")
+    buffers = HostBuffers()
+    image = buffers.capture("model", {"weight": torch.ones(8 << 20)})
+    address, large = torch.frombuffer(image, dtype=torch.uint8).data_ptr(), 0
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) < address + len(image) and int(found[2], 16) > address
+        elif inside and line.startswith("AnonHugePages:"):
+            large += int(line.split()[1]) * 1024
+    assert large >= len(image) / 2

@@ -212,6 +212,7 @@ class FaultProxy:
     Attributes:
         uri: What the client takes for the server.
         plan: May be changed at any time.
+        bandwidth: May be changed too, where there was one at the start.
         requests: All requests so far.
         faulted: What the plan did, and to which requests.
 
@@ -236,7 +237,7 @@ class FaultProxy:
             raise ConfigError(f"upstream={upstream!r}: write an address like 'http://127.0.0.1:8333'")
         self._upstream = (parts.hostname, parts.port or 80)
         self.plan = plan
-        self._bandwidth = bandwidth
+        self.bandwidth = bandwidth
         self.requests: list[Request] = []
         self.faulted: list[tuple[Request, Fault]] = []
         self._lock = threading.Lock()
@@ -300,11 +301,11 @@ class FaultProxy:
 
     @property
     def _piece(self) -> int:
-        return PIECE if self._bandwidth is None else max(1, min(PIECE, int(self._bandwidth / 20)))
+        return PIECE if self.bandwidth is None else max(1, min(PIECE, int(self.bandwidth / 20)))
 
     def _pause(self, sent: int) -> None:
-        if self._bandwidth is not None:
-            self._closed.wait(sent / self._bandwidth)
+        if self.bandwidth is not None:
+            self._closed.wait(sent / self.bandwidth)
 
     def _connect(self) -> Wire:
         upstream = Wire(socket.create_connection(self._upstream), self._piece, self._pause)

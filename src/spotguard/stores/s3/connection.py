@@ -19,6 +19,7 @@ from spotguard.stores.s3.address import S3Address
 from spotguard.stores.s3.body import send_as_it_is
 from spotguard.stores.s3.errors import translate
 from spotguard.stores.s3.options import S3Options
+from spotguard.stores.s3.pace import Pace
 
 __all__ = ["Answer", "Connection"]
 
@@ -40,12 +41,15 @@ class Connection:
         session: A session of boto3, where the usual chain is not what is wanted.
 
     Attributes:
+        up: How fast it is to the server.
+        down: And from it.
         wants_part_checksums: The server wants the checksum of a part before its bytes, or does not say what it has computed itself.
     """
 
     def __init__(self, address: S3Address, options: S3Options, session: Any = None) -> None:
         self.address, self.options, self._session = address, options, session
         self._client: tuple[int, Any] | None = None
+        self.up, self.down = (Pace(options.connections, options.part_size) for _ in range(2))
         self.wants_part_checksums = False
 
     @property

@@ -29,8 +29,8 @@ class S3Options:
         customer_key: 32 bytes: the server encrypts with this key and forgets it (SSE-C).
         payload_signing: Sign a hash of every byte that is sent. None does so over plain http, and not over https, where TLS protects them.
             It costs a second of a core for each 1.8 GB.
-        part_size: Least bytes of a part of a multipart upload, and of a ranged read. Large objects get parts of up to four times that, and
-            larger ones where 10,000 parts would not be enough.
+        part_size: Least bytes of a part of a multipart upload, and of a ranged read. Large objects get parts of up to four times that,
+            eight times where the network is very fast, and larger ones where 10,000 parts would not be enough.
         connections: Parts on their way at once.
         stall_s: Seconds without progress after which a transfer is given up and tried again.
 
@@ -76,17 +76,6 @@ class S3Options:
             raise ConfigError(f"connections={self.connections}: must be 1 to 64")
         if not self.stall_s >= 1:
             raise ConfigError(f"stall_s={self.stall_s}: must be 1 second or more")
-
-    def share_of(self, size: int) -> int:
-        """Bytes of a part where `size` bytes are to be moved: two for each connection, within bounds.
-
-        Each part costs 2 ms of Python whatever its size; what has to be sent again after a failure is a part.
-
-        Example:
-            >>> [S3Options().share_of(size << 20) >> 20 for size in (100, 600, 1 << 14)]
-            [32, 75, 128]
-        """
-        return min(4 * self.part_size, max(self.part_size, -(-size // (2 * self.connections))))
 
     @property
     def put_params(self) -> dict[str, Any]:

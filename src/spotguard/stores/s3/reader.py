@@ -10,7 +10,7 @@ from spotguard.stores.base import Progress
 from spotguard.stores.s3.connection import Answer, Connection
 from spotguard.stores.s3.errors import NotOfferedError
 from spotguard.stores.s3.lanes import Lanes
-from spotguard.stores.s3.stride import Stride
+from spotguard.stores.s3.pace import Stride
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -70,11 +70,8 @@ class S3Reader:
                 digest.update(view[:done], offset)
             if progress is not None:
                 progress(done)
-        options = self._connection.options
-        lanes = Lanes(options.connections, what=self._connection.uri(self._key))
-        # Ranges of equal size, so that no connection is left with the rest.
-        count = -(-(len(view) - done) // options.share_of(len(view) - done))
-        step = -(-(len(view) - done) // max(1, count))
+        lanes = Lanes(lambda: self._connection.down.lanes, what=self._connection.uri(self._key))
+        step = self._connection.down.share_of(len(view) - done)
         try:
             for start in range(done, len(view), step or 1):
                 piece = view[start : start + step]
@@ -130,7 +127,7 @@ class S3Reader:
         expected = min(len(view), self.size - offset)
         body = answer["Body"]
         try:
-            done = _drain(body, view[:expected], offset, progress, digest)
+            done = _drain(body, view[:expected], offset, Stride(self._connection.down), progress, digest)
         except (OSError, http.client.HTTPException, BotoCoreError) as error:  # before anything had come
             body.close()
             raise TransientStoreError(f"{where}: the connection broke at byte {offset}: {error}") from error
@@ -160,12 +157,14 @@ class S3Reader:
             raise StoreError(f"{where} had {self.size} bytes and now has {size}")
 
 
-def _drain(body: Any, view: memoryview, offset: int, progress: Progress | None, digest: Digest | None) -> int:
+def _drain(
+    body: Any, view: memoryview, offset: int, size: Stride, progress: Progress | None, digest: Digest | None
+) -> int:
     """Read a response into memory; returns how much came before it ended.
 
     The way past two layers of copying is not documented; where it looks different one day, the documented one is taken.
     """
-    done, size = 0, Stride()
+    done = 0
     raw = getattr(body, "_raw_stream", None)
     source = getattr(getattr(raw, "_fp", None), "readinto", None)
     while done < len(view):

@@ -46,7 +46,7 @@ class S3Writer:
         self.info: ObjectInfo | None = None
         self._connection, self._able, self._key, self._deadline = connection, able, key, deadline
         self._condition: dict[str, Any] = {"IfNoneMatch": "*"} if exclusive and able.exclusive else {}
-        self._lanes = Lanes(connection.options.connections, deadline=deadline, what=connection.uri(key))
+        self._lanes = Lanes(lambda: connection.up.lanes, deadline=deadline, what=connection.uri(key))
         self._mine = secrets.token_hex(16)
         self._waiting: list[Piece] = []
         self._size = self._held = 0  # bytes in all, and those not yet given to a part
@@ -117,8 +117,8 @@ class S3Writer:
     def _fit_parts(self, coming: int) -> None:
         """Make parts larger where those left would not be enough: for what is known to come, and for what may follow."""
         known, left = self._held + coming, max(1, (_MOST_PARTS - self._numbers) // 2)
-        options = self._connection.options
-        grown = max(options.share_of(known), options.part_size << self._numbers // 1000, -(-known // left))
+        share = self._connection.up.share_of(known)
+        grown = max(share, self._connection.options.part_size << self._numbers // 1000, -(-known // left))
         self._part_size = min(_LARGEST_PART, max(self._part_size, grown))
 
     def _take(self, size: int) -> list[Piece]:
@@ -148,7 +148,7 @@ class S3Writer:
         https://docs.aws.amazon.com/AmazonS3/latest/userguide/checking-object-integrity-upload.html. Then the bytes are hashed while they
         are sent. A server that does not answer with it, or asks for a checksum with each part, gets one before the bytes.
         """
-        body = Body(pieces, check=self._lanes.check, hashes=self._able.checksum == "crc64nvme")
+        body = Body(pieces, self._connection.up, check=self._lanes.check, hashes=self._able.checksum == "crc64nvme")
         told = self._able.checksum == "crc64nvme" and not self._connection.wants_part_checksums
 
         def confirm(answer: Answer) -> None:
@@ -200,7 +200,7 @@ class S3Writer:
         return {}
 
     def _put(self, pieces: list[Piece]) -> Answer:
-        body = Body(pieces, check=self._lanes.check)
+        body = Body(pieces, self._connection.up, check=self._lanes.check)
         answer = self._connection.call(
             "put_object",
             self._key,
