@@ -53,9 +53,10 @@ def state_at(step: int) -> dict[str, Any]:
 
 
 def snapshot_of(step: int, state: dict[str, Any]) -> Snapshot:
-    """The images of a state, each in a buffer of its own, so that they stay valid."""
+    """The images of a state, each in memory of its own, so that they stay valid, in a forked process too."""
+    buffers = HostBuffers()
     images = (
-        ShardImage(name, 0 if name[:4] == "rank" else None, HostBuffers().capture(name, tree))
+        ShardImage(name, 0 if name[:4] == "rank" else None, memoryview(bytearray(buffers.capture(name, tree))))
         for name, tree in state.items()
     )
     return Snapshot(step, 0, step, finished=False, shards=tuple(images))

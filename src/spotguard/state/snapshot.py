@@ -24,7 +24,7 @@ class ShardImage:
     Attributes:
         name: Member name, or ``rank-00000``.
         rank: The rank it belongs to; None for what is the same on every rank.
-        data: The whole torch file. Valid until the next capture into the same buffers.
+        data: The whole torch file. Valid until the next capture into the same buffers, and in this process: a forked child finds zeros.
     """
 
     name: str
