@@ -139,6 +139,20 @@ def test_a_link_that_becomes_slow_between_two_transfers_costs_one_try(
     assert get(place(), "second") == second
 
 
+@pytest.mark.parametrize("connections", [1, 4])
+def test_connections_that_break_after_less_than_a_stride_still_bring_something(
+    place: Callable[..., S3ObjectStore], proxy: FaultProxy, connections: int
+) -> None:
+    """What has come of a stride is lost with its connection: those that follow are small."""
+    data = os.urandom(48 * MIB)
+    store = place(proxy.uri, connections=connections)
+    put(store, "object", data)
+    assert get(store, "object") == data
+    assert store.connection.down.stride > 4 * MIB
+    proxy.plan = matching(Reset(3 * MIB, "response"), method="GET", path_contains="object")
+    assert get(store, "object") == data
+
+
 @pytest.mark.parametrize("fault", [Reset(20, "response"), Stall(20, "response")], ids=str)
 def test_an_answer_that_breaks_off_within_an_error_is_an_error_of_the_store(
     place: Callable[..., S3ObjectStore], proxy: FaultProxy, fault: Any

@@ -26,7 +26,7 @@ class Network:
         """Move so many bytes at so many a second; returns the strides."""
         strides = list[int]()
         while sum(strides) < size:
-            strides.append(stride.next())
+            strides.append(stride.next(size - sum(strides)))
             self.now += strides[-1] / rate
         return strides
 
@@ -40,7 +40,7 @@ def test_strides_grow_on_a_fast_network_and_the_next_transfer_begins_with_the_la
     pace = Pace(4, 32 * MIB)
     first = network.move(Stride(pace), 64 * MIB, 1e9)
     assert first[0] == 64 << 10
-    assert first[-1] == 8 * MIB
+    assert max(first) == 8 * MIB
     assert network.move(Stride(pace), 64 * MIB, 1e9)[0] == 8 * MIB
 
 
@@ -59,7 +59,7 @@ def test_after_a_failure_strides_begin_small_and_grow_less_for_others_too(networ
     assert again[0] == 64 << 10
     assert max(again) == MIB
     stride.restart()
-    assert Stride(pace).next() == 64 << 10
+    assert Stride(pace).next(MIB) == 64 << 10
 
 
 def test_a_fast_network_gets_one_connection_for_each_core_and_larger_parts(network: Network) -> None:
@@ -77,6 +77,21 @@ def test_a_few_bytes_say_nothing_about_the_network(network: Network) -> None:
     pace = Pace(4, 32 * MIB)
     network.move(Stride(pace), 4 * MIB, 1e9)
     assert pace.lanes == 4
+
+
+def test_pieces_smaller_than_a_stride_count_for_what_they_are(network: Network) -> None:
+    """Who writes a megabyte at a time makes no network fast."""
+    pace = Pace(4, 32 * MIB)
+    stride = Stride(pace)
+    for _ in range(64):
+        assert stride.next(1000) == 1000
+        network.now += 1e-5
+    assert pace.stride == 64 << 10
+    for _ in range(64):
+        network.move(stride, MIB, 100e6)
+    assert pace.lanes == 4
+    assert pace.rate == pytest.approx(100e6, rel=0.01)
+    assert pace.stride <= 2 * MIB
 
 
 def test_more_cores_than_connections_are_no_reason_for_more_connections(

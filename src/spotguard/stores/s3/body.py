@@ -122,7 +122,7 @@ class Body:
             while start < len(piece.data):
                 if self._check is not None:
                     self._check()
-                data = piece.data[start : start + self._stride.next()]
+                data = piece.data[start : start + self._stride.next(len(piece.data) - start)]
                 start += len(data)
                 if seen is not None:
                     seen.update(data)

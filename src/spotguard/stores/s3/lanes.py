@@ -93,13 +93,14 @@ class Lanes:
         return DeadlineExceededError(f"{self._what} was not done by its deadline")
 
     def _lane(self) -> None:
+        with self._changed:
+            self._idle += 1
         while self._does_one():
             pass
 
     def _does_one(self) -> bool:
         """Do a job if there is one, and let go of it: it holds on to the memory that it moves."""
         with self._changed:
-            self._idle += 1
             self._changed.wait_for(lambda: self._jobs or self._over, _IDLE_S)
             self._idle -= 1
             if not self._jobs:
@@ -112,6 +113,7 @@ class Lanes:
             error = caught
         with self._changed:
             self._active -= 1
+            self._idle += 1
             self._error = self._error or error
             self._changed.notify_all()
         return True

@@ -58,14 +58,14 @@ class Stride:
 
     Example:
         >>> stride = Stride(Pace(4, 32 << 20))
-        >>> stride.next(), stride.next()
-        (65536, 131072)
+        >>> stride.next(1 << 20), stride.next(1 << 20), stride.next(1000)
+        (65536, 131072, 1000)
     """
 
     def __init__(self, pace: Pace) -> None:
         self._pace, self._size, self._most = pace, pace.stride, _MOST
         self._since = self._began = 0.0  # the transfer, and the last stride
-        self._moved = 0
+        self._asked = self._moved = 0
 
     def restart(self) -> None:
         """The transfer begins again. The system takes the first megabytes at once however slow the network is: it may have been that."""
@@ -73,20 +73,23 @@ class Stride:
         self._size = self._pace.stride = _LEAST
         self._began, self._moved = 0.0, 0
 
-    def next(self) -> int:
-        """Bytes of the next one, by how long the last one has taken."""
+    def next(self, left: int) -> int:
+        """Bytes of the next one, by how long the last one has taken; no more than are left."""
         now = time.monotonic()
         if self._began:
-            self._moved += self._size
+            self._moved += self._asked
             if self._moved >= _MOST:
                 self._pace.rate = self._moved / max(now - self._since, 1e-9)
-            brief = now - self._began < _BRIEF_S
-            self._size = min(self._most, 2 * self._size) if brief else max(_LEAST, self._size // 2)
+            if now - self._began >= _BRIEF_S:
+                self._size = max(_LEAST, self._size // 2)
+            elif self._asked == self._size:  # a few bytes are brief on any network
+                self._size = min(self._most, 2 * self._size)
             self._pace.stride = self._size
         else:
             self._since = now
         self._began = now
-        return self._size
+        self._asked = min(left, self._size)
+        return self._asked
 
 
 def _cores() -> int:

@@ -42,13 +42,13 @@ class S3Reader:
         first = memoryview(bytearray(_HEAD))
         self.size = -1
         try:
-            length = self._some(first, 0)
+            length = self._some(first, 0, Stride(connection.down))
         except StoreError as error:
             if "InvalidRange" not in str(error):
                 raise
             length, self.size = 0, 0  # an object of no bytes has no range
         while length < min(self.size, _HEAD):
-            length += self._some(first[length:], length)
+            length += self._some(first[length:], length, Stride(connection.down))
         self._first = bytes(first[:length])
 
     def read(self, size: int = -1, /) -> bytes:
@@ -96,22 +96,29 @@ class S3Reader:
     def _fill(
         self, view: memoryview, offset: int, progress: Progress | None, lanes: Lanes, digest: Digest | None
     ) -> None:
-        done = 0
+        done, stride = 0, Stride(self._connection.down)
         while done < len(view):
             lanes.check()
-            done += self._some(view[done:], offset + done, progress, digest)
+            done += self._some(view[done:], offset + done, stride, progress, digest)
 
     def _some(
-        self, view: memoryview, offset: int, progress: Progress | None = None, digest: Digest | None = None
+        self,
+        view: memoryview,
+        offset: int,
+        stride: Stride,
+        progress: Progress | None = None,
+        digest: Digest | None = None,
     ) -> int:
         """Read on from where the last request was cut off; retried as long as nothing comes."""
         return int(
             self._connection.retried(
-                lambda: self._once(view, offset, progress, digest), self._connection.uri(self._key)
+                lambda: self._once(view, offset, stride, progress, digest), self._connection.uri(self._key)
             )
         )
 
-    def _once(self, view: memoryview, offset: int, progress: Progress | None, digest: Digest | None) -> int:
+    def _once(
+        self, view: memoryview, offset: int, stride: Stride, progress: Progress | None, digest: Digest | None
+    ) -> int:
         """One request; returns how many bytes came, which are fewer than asked for at the end, or where the connection broke."""
         from botocore.exceptions import BotoCoreError
 
@@ -127,12 +134,14 @@ class S3Reader:
         expected = min(len(view), self.size - offset)
         body = answer["Body"]
         try:
-            done = _drain(body, view[:expected], offset, Stride(self._connection.down), progress, digest)
-        except (OSError, http.client.HTTPException, BotoCoreError) as error:  # before anything had come
+            done = _drain(body, view[:expected], offset, stride, progress, digest)
+        except (OSError, http.client.HTTPException, BotoCoreError) as error:  # before a whole stride had come
             body.close()
+            stride.restart()
             raise TransientStoreError(f"{where}: the connection broke at byte {offset}: {error}") from error
         if done < expected:
             body.close()
+            stride.restart()  # of one that breaks off nothing is kept
             if done == 0:
                 raise TransientStoreError(f"{where}: the connection was closed at byte {offset}")
         return done
@@ -168,7 +177,7 @@ def _drain(
     raw = getattr(body, "_raw_stream", None)
     source = getattr(getattr(raw, "_fp", None), "readinto", None)
     while done < len(view):
-        stride = view[done : done + size.next()]
+        stride = view[done : done + size.next(len(view) - done)]
         try:
             if source is not None:
                 count = source(stride)
