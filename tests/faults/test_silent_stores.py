@@ -153,6 +153,24 @@ def test_connections_that_break_after_less_than_a_stride_still_bring_something(
     assert get(store, "object") == data
 
 
+def test_when_a_range_cannot_be_read_the_others_are_given_up(
+    place: Callable[..., S3ObjectStore], seaweedfs: S3Server
+) -> None:
+    """They hold on to memory that nobody wants any more, and whoever reads is kept waiting for them."""
+    put(place(), "object", os.urandom(24 * MIB))
+    with FaultProxy(seaweedfs.endpoint, bandwidth=1e6) as link, place(link.uri, connections=2).open("object") as reader:
+        link.plan = lambda request: (
+            Status(403, "AccessDenied") if request.headers["range"].startswith("bytes=1048576-") else None
+        )
+        began = time.monotonic()
+        with pytest.raises(StoreError, match="AccessDenied"):
+            reader.read()
+        assert time.monotonic() - began < 3
+        while any(thread.name == "spotguard-s3" for thread in threading.enumerate()):
+            assert time.monotonic() - began < 4
+            time.sleep(0.01)
+
+
 @pytest.mark.parametrize("fault", [Reset(20, "response"), Stall(20, "response")], ids=str)
 def test_an_answer_that_breaks_off_within_an_error_is_an_error_of_the_store(
     place: Callable[..., S3ObjectStore], proxy: FaultProxy, fault: Any

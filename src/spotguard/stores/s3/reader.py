@@ -2,7 +2,8 @@
 
 import contextlib
 import http.client
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from spotguard.checkpoint import Digest
 from spotguard.errors import ObjectExistsError, StoreError, TransientStoreError
@@ -20,6 +21,15 @@ if TYPE_CHECKING:
 __all__ = ["S3Reader"]
 
 _HEAD = 1 << 20  # read when the object is opened: most of ours are smaller
+
+
+class _Range(NamedTuple):
+    """What is read in one go: how much at once, whether to go on, and who is told of what has come."""
+
+    stride: Stride
+    check: Callable[[], None] | None = None
+    progress: Progress | None = None
+    digest: Digest | None = None
 
 
 class S3Reader:
@@ -42,13 +52,13 @@ class S3Reader:
         first = memoryview(bytearray(_HEAD))
         self.size = -1
         try:
-            length = self._some(first, 0, Stride(connection.down))
+            length = self._some(first, 0, _Range(Stride(connection.down)))
         except StoreError as error:
             if "InvalidRange" not in str(error):
                 raise
             length, self.size = 0, 0  # an object of no bytes has no range
         while length < min(self.size, _HEAD):
-            length += self._some(first[length:], length, Stride(connection.down))
+            length += self._some(first[length:], length, _Range(Stride(connection.down)))
         self._first = bytes(first[:length])
 
     def read(self, size: int = -1, /) -> bytes:
@@ -96,29 +106,15 @@ class S3Reader:
     def _fill(
         self, view: memoryview, offset: int, progress: Progress | None, lanes: Lanes, digest: Digest | None
     ) -> None:
-        done, stride = 0, Stride(self._connection.down)
+        done, how = 0, _Range(Stride(self._connection.down), lanes.check, progress, digest)
         while done < len(view):
-            lanes.check()
-            done += self._some(view[done:], offset + done, stride, progress, digest)
+            done += self._some(view[done:], offset + done, how)
 
-    def _some(
-        self,
-        view: memoryview,
-        offset: int,
-        stride: Stride,
-        progress: Progress | None = None,
-        digest: Digest | None = None,
-    ) -> int:
+    def _some(self, view: memoryview, offset: int, how: _Range) -> int:
         """Read on from where the last request was cut off; retried as long as nothing comes."""
-        return int(
-            self._connection.retried(
-                lambda: self._once(view, offset, stride, progress, digest), self._connection.uri(self._key)
-            )
-        )
+        return int(self._connection.retried(lambda: self._once(view, offset, how), self._connection.uri(self._key)))
 
-    def _once(
-        self, view: memoryview, offset: int, stride: Stride, progress: Progress | None, digest: Digest | None
-    ) -> int:
+    def _once(self, view: memoryview, offset: int, how: _Range) -> int:
         """One request; returns how many bytes came, which are fewer than asked for at the end, or where the connection broke."""
         from botocore.exceptions import BotoCoreError
 
@@ -126,7 +122,7 @@ class S3Reader:
         params = {**self._pin, **self._connection.options.get_params}
         try:
             answer = self._connection.call(
-                "get_object", self._key, Range=f"bytes={offset}-{offset + len(view) - 1}", **params
+                "get_object", self._key, check=how.check, Range=f"bytes={offset}-{offset + len(view) - 1}", **params
             )
         except ObjectExistsError as error:  # 412: it is not the one any more that was opened
             raise StoreError(f"{where} was overwritten while it was being read") from error
@@ -134,14 +130,17 @@ class S3Reader:
         expected = min(len(view), self.size - offset)
         body = answer["Body"]
         try:
-            done = _drain(body, view[:expected], offset, stride, progress, digest)
+            done = _drain(body, view[:expected], offset, how)
+        except InterruptedError:  # of the check
+            body.close()
+            raise
         except (OSError, http.client.HTTPException, BotoCoreError) as error:  # before a whole stride had come
             body.close()
-            stride.restart()
+            how.stride.restart()
             raise TransientStoreError(f"{where}: the connection broke at byte {offset}: {error}") from error
         if done < expected:
             body.close()
-            stride.restart()  # of one that breaks off nothing is kept
+            how.stride.restart()  # of one that breaks off nothing is kept
             if done == 0:
                 raise TransientStoreError(f"{where}: the connection was closed at byte {offset}")
         return done
@@ -166,9 +165,7 @@ class S3Reader:
             raise StoreError(f"{where} had {self.size} bytes and now has {size}")
 
 
-def _drain(
-    body: Any, view: memoryview, offset: int, size: Stride, progress: Progress | None, digest: Digest | None
-) -> int:
+def _drain(body: Any, view: memoryview, offset: int, how: _Range) -> int:
     """Read a response into memory; returns how much came before it ended.
 
     The way past two layers of copying is not documented; where it looks different one day, the documented one is taken.
@@ -177,7 +174,9 @@ def _drain(
     raw = getattr(body, "_raw_stream", None)
     source = getattr(getattr(raw, "_fp", None), "readinto", None)
     while done < len(view):
-        stride = view[done : done + size.next(len(view) - done)]
+        if how.check is not None:
+            how.check()
+        stride = view[done : done + how.stride.next(len(view) - done)]
         try:
             if source is not None:
                 count = source(stride)
@@ -191,11 +190,11 @@ def _drain(
             raise
         if not count:
             return done
-        if digest is not None:
-            digest.update(stride[:count], offset + done)
+        if how.digest is not None:
+            how.digest.update(stride[:count], offset + done)
         done += count
-        if progress is not None:
-            progress(count)
+        if how.progress is not None:
+            how.progress(count)
     with contextlib.suppress(Exception):  # the end has to be seen for the connection to be used again
         if raw is not None:
             raw.read(1)
