@@ -123,7 +123,7 @@ def test_a_link_that_is_slow_but_moves_is_no_stall(place: Callable[..., S3Object
 def test_a_link_that_becomes_slow_between_two_transfers_costs_one_try(
     place: Callable[..., S3ObjectStore], seaweedfs: S3Server
 ) -> None:
-    """The second one begins with as many bytes at once as the first ended with: more than the link now takes before it seems to stall."""
+    """The second one begins with a megabyte at once: more than the link now takes before it seems to stall."""
     first, second = os.urandom(64 * MIB), os.urandom(3 * MIB)
     with FaultProxy(seaweedfs.endpoint, bandwidth=1e9) as link:
         store = place(link.uri, stall_s=1.0, connections=1)
@@ -139,17 +139,34 @@ def test_a_link_that_becomes_slow_between_two_transfers_costs_one_try(
     assert get(place(), "second") == second
 
 
+def test_a_link_that_becomes_slow_before_a_save_with_a_deadline_costs_it_no_try(
+    place: Callable[..., S3ObjectStore], seaweedfs: S3Server
+) -> None:
+    data, told = os.urandom(4 * MIB), list[int]()
+    with FaultProxy(seaweedfs.endpoint, bandwidth=1e9) as link:
+        store = place(link.uri, stall_s=4.0, connections=1)
+        store.preflight()
+        store.connection.up.stride = store.connection.down.stride = 8 * MIB  # as fast transfers leave it
+        link.bandwidth = 600_000
+        with store.create("second", deadline=time.monotonic() + 9.0) as writer:
+            writer.write(data)
+        assert len([request for request in link.requests if "second" in request.path]) == 1
+        with store.open("second") as reader:
+            assert reader.read_into(bytearray(3 * MIB), MIB, told.append) == 3 * MIB
+    assert max(told) <= MIB
+    assert get(place(), "second") == data
+
+
 @pytest.mark.parametrize("connections", [1, 4])
 def test_connections_that_break_after_less_than_a_stride_still_bring_something(
     place: Callable[..., S3ObjectStore], proxy: FaultProxy, connections: int
 ) -> None:
     """What has come of a stride is lost with its connection: those that follow are small."""
-    data = os.urandom(48 * MIB)
+    data = os.urandom(20 * MIB)
     store = place(proxy.uri, connections=connections)
     put(store, "object", data)
-    assert get(store, "object") == data
-    assert store.connection.down.stride > 4 * MIB
-    proxy.plan = matching(Reset(3 * MIB, "response"), method="GET", path_contains="object")
+    store.connection.down.stride = 8 * MIB  # as fast transfers leave it
+    proxy.plan = matching(Reset(MIB // 2, "response"), method="GET", path_contains="object")
     assert get(store, "object") == data
 
 

@@ -36,12 +36,12 @@ def network(monkeypatch: pytest.MonkeyPatch) -> Network:
     return Network(monkeypatch)
 
 
-def test_strides_grow_on_a_fast_network_and_the_next_transfer_begins_with_the_last_one(network: Network) -> None:
+def test_strides_grow_on_a_fast_network_and_the_next_transfer_begins_with_a_megabyte(network: Network) -> None:
     pace = Pace(4, 32 * MIB)
     first = network.move(Stride(pace), 64 * MIB, 1e9)
     assert first[0] == 64 << 10
     assert max(first) == 8 * MIB
-    assert network.move(Stride(pace), 64 * MIB, 1e9)[0] == 8 * MIB
+    assert network.move(Stride(pace), 64 * MIB, 1e9)[:4] == [MIB, 2 * MIB, 4 * MIB, 8 * MIB]
 
 
 def test_strides_stay_small_on_a_slow_one(network: Network) -> None:

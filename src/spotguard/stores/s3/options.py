@@ -31,7 +31,7 @@ class S3Options:
             It costs a second of a core for each 1.8 GB.
         part_size: Least bytes of a part of a multipart upload, and of a ranged read. Large objects get parts of up to four times that,
             eight times where the network is very fast, and larger ones where 10,000 parts would not be enough.
-        connections: Parts on their way at once.
+        connections: Parts on their way at once; no more than this process has cores, where one of them moves more than 200 MB a second.
         stall_s: Seconds without progress after which a transfer is given up and tried again.
 
     Example:

@@ -5,7 +5,7 @@ import time
 
 __all__ = ["Pace", "Stride"]
 
-_LEAST, _MOST, _BRIEF_S = 64 << 10, 8 << 20, 0.1
+_LEAST, _FIRST, _MOST, _BRIEF_S = 64 << 10, 1 << 20, 8 << 20, 0.1
 _FAST = 200e6  # bytes a second of one connection; from S3 itself one gets about 100e6
 
 
@@ -17,7 +17,8 @@ class Pace:
         part_size: The least bytes of a part.
 
     Attributes:
-        stride: Bytes with which a transfer begins.
+        stride: Bytes with which a transfer begins, up to a megabyte: the network may have become slow since, and what is sent at once has
+            to be through before it seems to stall.
         rate: Bytes a second that one connection has moved lately.
 
     Example:
@@ -63,7 +64,7 @@ class Stride:
     """
 
     def __init__(self, pace: Pace) -> None:
-        self._pace, self._size, self._most = pace, pace.stride, _MOST
+        self._pace, self._size, self._most = pace, min(_FIRST, pace.stride), _MOST
         self._since = self._began = 0.0  # the transfer, and the last stride
         self._asked = self._moved = 0
 
