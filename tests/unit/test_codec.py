@@ -378,6 +378,7 @@ def test_a_memory_file_is_a_file() -> None:
     assert cast("IO[bytes]", file).read() == b""
 
 
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="elsewhere than on Linux a forked child shares it")
 def test_a_forked_child_finds_nothing_of_a_snapshot_and_costs_the_next_one_nothing() -> None:
     """As a worker of a data loader does. Pages that it shared would be copied one by one when they are written to."""
     buffers, weight = HostBuffers(), torch.ones(8 << 20)
