@@ -288,14 +288,20 @@ def _start(folder: Path, start: Callable[[_Keeper], Mapping[str, str]]) -> None:
     (folder / "server.json").write_text(json.dumps(found))
 
 
-def _ports(count: int) -> list[int]:
-    """Ports that are free, below those that the system gives away, and 10000 above which a port is free too."""
+def _ports(keeper: _Keeper, count: int) -> list[int]:
+    """Ports that are free, below those that the system gives away, and 10000 above which a port is free too.
+
+    A server may take its port only seconds later: each is given once in a run of pytest.
+    """
     found: list[int] = []
-    for port in itertools.islice(iter(lambda: random.randrange(11_000, 22_000), None), 10_000):
-        if port not in found and _is_free(port) and _is_free(port + 10_000):
-            found.append(port)
-            if len(found) == count:
-                return found
+    draw = random.SystemRandom()  # a test may have seeded the other one: then two workers would draw the same
+    for port in itertools.islice(iter(lambda: draw.randrange(11_000, 21_000), None), 10_000):
+        if _is_free(port) and _is_free(port + 10_000):
+            with contextlib.suppress(FileExistsError):
+                keeper.folder.with_name(f"port-{port}").touch(exist_ok=False)
+                found.append(port)
+        if len(found) == count:
+            return found
     raise RuntimeError("no free ports")
 
 
@@ -337,7 +343,7 @@ def _make_buckets(server: S3Server) -> None:
 
 def _start_seaweedfs(keeper: _Keeper, weed: Path) -> dict[str, str]:
     """Two processes: the volume server comes when there is a master, else it asks too early and again 5 s later."""
-    master, volume, filer, s3 = ports = _ports(4)
+    master, volume, filer, s3 = ports = _ports(keeper, 4)
     server = S3Server(f"http://127.0.0.1:{s3}", "spotguardtest", "spotguardsecret0123456789")
     identity = {
         "name": "admin",
@@ -371,7 +377,7 @@ def _start_seaweedfs(keeper: _Keeper, weed: Path) -> dict[str, str]:
 
 def _start_moto(keeper: _Keeper) -> dict[str, str]:
     """Whoever has no rights is turned away, once there is a user who has all."""
-    (port,) = _ports(1)
+    (port,) = _ports(keeper, 1)
     nobody = S3Server(f"http://127.0.0.1:{port}", "nobody", "nothing")
     keeper.run(sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port)
     keeper.until("moto", lambda: _answers(f"{nobody.endpoint}/moto-api/"))
@@ -397,7 +403,7 @@ def _moto_user(server: S3Server, statements: list[dict[str, Any]]) -> S3Server:
 
 
 def _start_gcs(keeper: _Keeper, binary: Path) -> dict[str, str]:
-    (port,) = _ports(1)
+    (port,) = _ports(keeper, 1)
     server = GcsServer(f"http://127.0.0.1:{port}")
     address = f"127.0.0.1:{port}"
     keeper.run(binary, "-scheme=http", "-host=127.0.0.1", f"-port={port}", "-backend=memory", f"-public-host={address}")
@@ -409,7 +415,7 @@ def _start_gcs(keeper: _Keeper, binary: Path) -> dict[str, str]:
 
 
 def _start_azurite(keeper: _Keeper, binary: Path) -> dict[str, str]:
-    (port,) = _ports(1)
+    (port,) = _ports(keeper, 1)
     server = AzureServer(f"http://127.0.0.1:{port}")
     alone = binary.with_name("azurite-blob")  # without queues and tables
     keeper.run(
