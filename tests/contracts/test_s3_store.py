@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import secrets
+import signal
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -423,6 +424,50 @@ def test_ten_thousand_parts_are_enough_for_any_object() -> None:
             writer._numbers += count
         assert writer._numbers + 1 <= 10_000, (size, pieces, writer._numbers)
         assert writer._part_size <= 5 << 30
+
+
+@pytest.mark.parametrize(
+    ("part_size", "pieces", "expected"),
+    [
+        (32, [100], [25] * 4),
+        (32, [33], [16.5, 16.5]),
+        (32, [32], []),
+        (5, [5.5], [5, 0.5]),
+        (5, [11], [5, 5, 1]),
+        (5, [4, 4, 4, 4], [5, 5, 5, 1]),
+    ],
+)
+def test_parts_are_of_equal_size_and_none_but_the_last_is_smaller_than_s3_takes(
+    monkeypatch: pytest.MonkeyPatch, part_size: int, pieces: list[float], expected: list[float]
+) -> None:
+    from spotguard.stores.s3.preflight import Capabilities
+    from spotguard.stores.s3.writer import S3Writer
+
+    parts: list[float] = []
+    monkeypatch.setattr(
+        S3Writer, "_start_part", lambda self, size: parts.append(sum(len(piece.data) for piece in self._take(size)))
+    )
+    store = S3ObjectStore("s3://bucket/run", S3Options(part_size=part_size * MIB))
+    writer = S3Writer(store.connection, Capabilities(True, None, True), "object", exclusive=False, deadline=None)
+    for piece in pieces:
+        writer.write(bytearray(int(piece * MIB)))
+    if parts:
+        parts.append(writer._held)
+    assert [size / MIB for size in parts if size] == expected
+
+
+def test_a_child_that_is_forked_while_a_client_is_made_makes_its_own() -> None:
+    from spotguard.stores.s3 import connection
+
+    store = S3ObjectStore("s3://bucket/run", S3Options(region="us-east-1"))
+    with connection._making:
+        if not (child := os.fork()):
+            try:
+                signal.alarm(20)
+                os._exit(0 if store.connection.client else 1)
+            finally:
+                os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_an_exclusive_object_in_parts_is_refused_at_its_end(store: S3ObjectStore) -> None:

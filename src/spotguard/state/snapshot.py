@@ -135,7 +135,8 @@ def _kept_memory(size: int) -> mmap.mmap:
     """Memory of this process alone, in large pages where the system has them: it is hashed in six tenths of the time.
 
     A forked child, such as a worker of a data loader, finds zeros in its place. Pages that it shared would be copied one by one at the next
-    capture, and taken twice. See madvise(2).
+    capture, and taken twice. See madvise(2). A system that never promises more memory than it has (``vm.overcommit_memory=2``) counts
+    them for each child all the same.
     """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return mmap.mmap(-1, size)

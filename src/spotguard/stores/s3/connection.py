@@ -32,6 +32,16 @@ _AHEAD = 256 << 10  # bytes that the system holds and has not begun to send
 _making = threading.Lock()  # sessions of boto3 must not be used by two threads at once
 
 
+def _renew_lock() -> None:
+    """In a forked child, the thread that held it is not there."""
+    global _making
+    _making = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 class Connection:
     """What sends requests.
 

@@ -29,8 +29,8 @@ class S3Options:
         customer_key: 32 bytes: the server encrypts with this key and forgets it (SSE-C).
         payload_signing: Sign a hash of every byte that is sent. None does so over plain http, and not over https, where TLS protects them.
             It costs a second of a core for each 1.8 GB.
-        part_size: Least bytes of a part of a multipart upload, and of a ranged read. Large objects get parts of up to four times that,
-            eight times where the network is very fast, and larger ones where 10,000 parts would not be enough.
+        part_size: Bytes that are sent, or read, in one request; more of them go in parts of equal size. Those of large objects have up to
+            four times that, eight times where the network is very fast, and more where 10,000 parts would not be enough.
         connections: Parts on their way at once; no more than this process has cores, where one of them moves more than 200 MB a second.
         stall_s: Seconds without progress after which a transfer is given up and tried again.
 

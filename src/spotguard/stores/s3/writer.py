@@ -24,7 +24,7 @@ __all__ = ["S3Writer", "digest_in"]
 _T = TypeVar("_T")
 
 # https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html
-_MOST_PARTS, _LARGEST_PART = 10_000, 5 << 30
+_MOST_PARTS, _SMALLEST_PART, _LARGEST_PART = 10_000, 5 << 20, 5 << 30
 _SMALL = 1 << 20  # what is copied rather than held on to
 _WRITER = "spotguard-writer"  # metadata by which we recognise an object of ours when the answer to our request was lost
 
@@ -117,9 +117,10 @@ class S3Writer:
     def _fit_parts(self, coming: int) -> None:
         """Make parts larger where those left would not be enough: for what is known to come, and for what may follow."""
         known, left = self._held + coming, max(1, (_MOST_PARTS - self._numbers) // 2)
-        share = self._connection.up.share_of(known)
-        grown = max(share, self._connection.options.part_size << self._numbers // 1000, -(-known // left))
-        self._part_size = min(_LARGEST_PART, max(self._part_size, grown))
+        share, thousands = self._connection.up.share_of(known), self._numbers // 1000
+        grown = self._connection.options.part_size << thousands if thousands else 0
+        least = self._part_size if self._numbers else _SMALLEST_PART
+        self._part_size = min(_LARGEST_PART, max(least, grown, share, -(-known // left)))
 
     def _take(self, size: int) -> list[Piece]:
         """The next `size` bytes."""
