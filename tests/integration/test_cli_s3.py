@@ -83,6 +83,25 @@ def test_a_bucket_without_versions_has_nothing_to_bring_back_and_says_so(
             invoke(*command)
 
 
+@pytest.mark.filterwarnings("ignore:bucket .* does not keep versions:UserWarning")
+def test_a_run_starts_goes_on_and_is_explained_in_a_bucket_without_versions(
+    seaweedfs: S3Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    seaweedfs.use(monkeypatch)
+    uri = f"s3://{seaweedfs.plain}/{secrets.token_hex(8)}"
+    for steps in (2, 4):
+        with SpotGuard(uri, TrainState(model=torch.nn.Linear(1, 1)), every=100, notices="none") as guard:
+            for _ in guard.steps(steps):
+                pass
+    said = capfd.readouterr().err
+    assert f"fresh start, no checkpoint in {uri} yet" in said
+    assert "resumed from 0001-0000000002" in said
+    assert [(item["id"], item["verdict"]) for item in call_json("resolve", uri, "--explain")["candidates"]] == [
+        ("0002-0000000004", "chosen"),
+        ("0001-0000000002", "older"),
+    ]
+
+
 @pytest.mark.parametrize("everything", [False, True])
 def test_a_start_says_which_checkpoint_was_deleted_and_how_it_comes_back(
     seaweedfs: S3Server, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *, everything: bool

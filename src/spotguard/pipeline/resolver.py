@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from spotguard.checkpoint import CheckpointId, ShardRecord
 from spotguard.checkpoint.layout import MANIFESTS, claim_key, parse_manifest_key
-from spotguard.errors import CheckpointDamagedError, NoUsableCheckpointError, StoreError
+from spotguard.errors import CheckpointDamagedError, ConfigError, NoUsableCheckpointError, StoreError
 from spotguard.pipeline.checkpoint import Checkpoint, load_manifest
 from spotguard.pipeline.history import History, read_history
 from spotguard.stores import ObjectStore, VersionedStore
@@ -199,7 +199,7 @@ def _deleted(places: Sequence[Place], history: History, chosen: Checkpoint | Non
     kept: dict[CheckpointId, ObjectStore] = {}
     for store in [place.store for place in places]:
         if isinstance(store, VersionedStore):
-            with contextlib.suppress(StoreError):
+            with contextlib.suppress(StoreError, ConfigError):  # one that never kept versions says so
                 found = [parse_manifest_key(info.key) for info in store.deleted(MANIFESTS)]
                 kept |= {item: store for item in found if item is not None and item not in history.manifests}
     if not kept:
