@@ -552,6 +552,11 @@ def test_every_way_to_encrypt_and_to_pay_goes_through_the_whole_life_of_an_objec
         ({"part_size": 1}, "5 MiB"),
         ({"connections": 0}, "connections"),
         ({"stall_s": 0}, "stall_s"),
+        ({"stall_s": "20s"}, "stall_s='20s'.*number"),
+        ({"part_size": "16MB"}, "part_size='16MB'.*number"),
+        ({"connections": True}, "connections=True.*number"),
+        ({"customer_key": "k" * 32}, "32 bytes"),
+        ({"endpoint_url": "localhost:9000"}, "endpoint_url='localhost:9000'.*http://localhost:9000"),
         ({"speed": 9}, "no option 'speed'"),
     ],
 )
@@ -562,8 +567,12 @@ def test_an_option_that_makes_no_sense_is_named(options: dict[str, Any], message
 
 @pytest.mark.parametrize(
     "uri",
-    ["s3://", "s3://bucket", "s3://bucket/", "s3:///key", "s3://bucket/../x", "s3://bucket/run?versioning=require"],
-)
+    [
+        "s3://", "s3://bucket", "s3://bucket/", "s3:///key", "s3://bucket/../x", "s3://bucket/run?versioning=require",
+        "s3://bucket/run\n", "s3://bucket/run ", "s3://bucket/run\u200b", "s3://bucket/r\x01n", f"s3://bucket/{'é' * 500}",
+    ],
+    ids=lambda uri: ascii(uri)[:40],
+)  # fmt: skip
 def test_a_uri_that_names_no_place_for_a_run_is_refused(uri: str) -> None:
     with pytest.raises(ConfigError, match="s3://"):
         open_store(uri)

@@ -16,6 +16,9 @@ __all__ = ["open_store"]
 _LOST_SLASH = re.compile(
     r"[A-Za-z][A-Za-z0-9+.-]*:/"
 )  # "s3:/bucket/run" would be a directory that goes with the machine
+_LOST_MORE = re.compile(
+    r"(s3a?|gs|gcs|az|abfss?|hf)(:|//)|arn:", re.IGNORECASE
+)  # so would "s3:bucket/run", "s3//bucket/run", "arn:aws:s3:::bucket/run"
 _S3 = {"s3", "s3a"}
 _USUAL = ("file", "memory", "s3", "gs", "az", "abfs", "hf")
 
@@ -43,6 +46,11 @@ def open_store(uri: "str | os.PathLike[str]") -> ObjectStore:
         if _LOST_SLASH.match(text):
             raise ConfigError(
                 f"uri={text!r} is neither a URI nor a plain path: a URI has two slashes after its scheme, as in file:///data/my-run. "
+                f"If a directory is really called that, write './{text}'"
+            )
+        if _LOST_MORE.match(text):
+            raise ConfigError(
+                f"uri={text!r} would be a directory on this machine; a bucket is written s3://bucket/run-17. "
                 f"If a directory is really called that, write './{text}'"
             )
         return LocalObjectStore(Path(text))

@@ -9,6 +9,7 @@ __all__ = ["S3Address"]
 
 _ARN = re.compile(r"(arn:[a-z0-9-]+:s3[a-z0-9-]*:[a-z0-9-]*:\d*:accesspoint[/:][A-Za-z0-9.-]+)(?:/(.*))?")
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}")
+_LONGEST = 850  # bytes of a prefix
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +44,8 @@ class S3Address:
             raise ConfigError(f"uri={uri!r} is no S3 URI; write s3://bucket/run-17, or s3://<access point ARN>/run-17")
         if "?" in path or "#" in path:
             raise ConfigError(f"uri={uri!r}: options are not part of the URI; give them to S3CheckpointStore")
+        if not path.isprintable() or path != path.strip():
+            raise ConfigError(f"uri={uri!r} has a space at its end, or a character that cannot be seen; write it without")
         parts = [part for part in path.split("/") if part]
         if not parts:
             raise ConfigError(
@@ -50,6 +53,10 @@ class S3Address:
             )
         if any(part in (".", "..") for part in parts):
             raise ConfigError(f"uri={uri!r}: '.' and '..' mean nothing in S3; write the prefix out")
+        if len("/".join(parts).encode()) > _LONGEST:
+            raise ConfigError(
+                f"uri={uri[:40]!r}...: the prefix has more than {_LONGEST} bytes; S3 takes keys of 1024, and those of a run need the rest"
+            )
         return cls(bucket, "/".join(parts) + "/")
 
     @property

@@ -8,6 +8,7 @@ from spotguard.errors import ConfigError
 __all__ = ["S3Options"]
 
 _MIB = 1 << 20
+_UNITS = {"part_size": "bytes", "connections": "connections", "stall_s": "seconds"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +67,19 @@ class S3Options:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be one of {', '.join(map(repr, allowed))}")
+        for name in ("part_size", "connections", "stall_s"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float) if name == "stall_s" else int):
+                raise ConfigError(f"{name}={value!r}: must be a number, of {_UNITS[name]}")
+        if self.endpoint_url is not None and "://" not in self.endpoint_url:
+            raise ConfigError(
+                f"endpoint_url={self.endpoint_url!r}: begin it with https:// or http://, as in http://{self.endpoint_url}"
+            )
         if self.kms_key_id is not None and self.sse not in ("aws:kms", "aws:kms:dsse"):
             raise ConfigError(f"kms_key_id={self.kms_key_id!r} is used with sse='aws:kms' only; sse is {self.sse!r}")
-        if self.customer_key is not None and (len(self.customer_key) != 32 or self.sse is not None):
+        if self.customer_key is not None and (
+            not isinstance(self.customer_key, bytes) or len(self.customer_key) != 32 or self.sse is not None
+        ):
             raise ConfigError("customer_key: give exactly 32 bytes, and no sse beside it")
         if not 5 * _MIB <= self.part_size <= 5120 * _MIB:
             raise ConfigError(f"part_size={self.part_size}: S3 takes parts of 5 MiB to 5 GiB")
