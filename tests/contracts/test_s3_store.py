@@ -4,6 +4,7 @@ import dataclasses
 import os
 import secrets
 import signal
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from spotguard.errors import (
     DeadlineExceededError,
     ObjectExistsError,
     StoreAccessError,
+    TransientStoreError,
 )
 from spotguard.stores import ObjectRef, ObjectStore, open_store
 from spotguard.stores.s3 import S3ObjectStore, S3Options, preflight
@@ -510,6 +512,41 @@ def test_wrong_credentials_are_told_from_missing_ones(seaweedfs: S3Server, monke
     without = S3ObjectStore("s3://plain/run", S3Options(endpoint_url=seaweedfs.endpoint))
     with pytest.raises(StoreAccessError, match="set AWS_PROFILE"):
         put(without, "object", b"x")
+
+
+@pytest.mark.parametrize(
+    ("trouble", "remedy"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": None}, "^s3://plain/run: Partial credentials.*set AWS_PROFILE"),
+        ({"AWS_PROFILE": "nobody"}, r"^s3://plain/run: The config profile \(nobody\)"),
+        ({"AWS_ENDPOINT_URL_S3": "127.0.0.1:1"}, "begin it with https:// or http://"),
+        ({"AWS_ENDPOINT_URL_S3": "{endpoint}/plain"}, "is it an S3 server.*without the bucket"),
+        ({"AWS_ENDPOINT_URL_S3": "https://{address}"}, "does not speak TLS.*http://"),
+    ],
+    ids=["half the credentials", "profile", "no scheme", "a path", "tls"],
+)
+def test_what_will_not_get_better_is_said_at_once_with_its_remedy(
+    seaweedfs: S3Server, monkeypatch: pytest.MonkeyPatch, trouble: dict[str, str | None], remedy: str
+) -> None:
+    seaweedfs.use(monkeypatch)
+    for name, value in trouble.items():
+        if value is None:
+            monkeypatch.delenv(name)
+        else:
+            address = seaweedfs.endpoint.removeprefix("http://")
+            monkeypatch.setenv(name, value.format(endpoint=seaweedfs.endpoint, address=address))
+    began = time.monotonic()
+    with pytest.raises((StoreAccessError, ConfigError), match=remedy):
+        S3ObjectStore("s3://plain/run").preflight()
+    assert time.monotonic() - began < 5
+
+
+def test_a_server_that_cannot_be_reached_is_said_with_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}.items():
+        monkeypatch.setenv(name, value)
+    store = S3ObjectStore("s3://plain/run", S3Options(endpoint_url="http://127.0.0.1:1", region="us-east-1"))
+    with pytest.raises(TransientStoreError, match="check the network.*endpoint_url"):
+        store.connection.call("get_bucket_versioning", tries=1)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ _NOT_OFFERED = {
     "UnsupportedOperation",
 }
 _FULL = {"InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "EntityTooLarge"}
+_REACH = "check the network, the region, and endpoint_url or AWS_ENDPOINT_URL_S3 where the server is not Amazon's"
 # Amazon's message for whoever is denied: https://docs.aws.amazon.com/AmazonS3/latest/userguide/troubleshoot-403-errors.html
 _NAMED = re.compile(r"not authorized to perform: ([A-Za-z0-9-]+:\w+)")
 # The end of an upload that met another writer is not to be asked for again, as opposed to a PUT that did:
@@ -112,6 +113,8 @@ def translate(error: Exception, *, operation: str, where: str, params: dict[str,
     """
     from botocore import exceptions as boto
 
+    if isinstance(error, SpotguardError):  # ours already: a client could not be made
+        return error
     if isinstance(error, boto.ClientError):
         return _from_server(error, operation, where, params)
     inner = getattr(error, "kwargs", {}).get("error")
@@ -129,6 +132,10 @@ def translate(error: Exception, *, operation: str, where: str, params: dict[str,
     if isinstance(error, boto.SSLError):
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             return StoreAccessError(f"{where}: {error}; AWS_CA_BUNDLE names the certificate of a server of your own")
+        if "WRONG_VERSION_NUMBER" in str(error):
+            return StoreAccessError(
+                f"{where}: {error}; the server does not speak TLS there: begin endpoint_url, or AWS_ENDPOINT_URL_S3, with http://"
+            )
         return TransientStoreError(f"{where}: {error}")
     wrong = (
         boto.ParamValidationError,
@@ -140,13 +147,17 @@ def translate(error: Exception, *, operation: str, where: str, params: dict[str,
         ValueError,
     )
     if isinstance(error, wrong):
-        return ConfigError(f"{where}: {error}")
+        scheme = "; begin it with https:// or http://" if "nvalid endpoint" in str(error) else ""
+        return ConfigError(f"{where}: {error}{scheme}")
     return TransientStoreError(f"{where}: {_of_network(error)}")
 
 
 def _of_network(error: Exception) -> str:
+    from botocore import exceptions as boto
+
     inner = getattr(error, "kwargs", {}).get("error")
-    return f"{error}" if inner is None or str(inner) in str(error) else f"{error} ({inner})"
+    text = f"{error}" if inner is None or str(inner) in str(error) else f"{error} ({inner})"
+    return f"{text}; {_REACH}" if isinstance(error, (boto.EndpointConnectionError, boto.ConnectTimeoutError)) else text
 
 
 def _from_server(error: Any, operation: str, where: str, params: dict[str, Any]) -> Exception:
@@ -184,6 +195,11 @@ def _from_server(error: Any, operation: str, where: str, params: dict[str, Any])
         denied.permission, denied.said = needed, said
         return denied
     refused = status == 405 or code in ("405", "MethodNotAllowed")
+    if "Key" not in params and code in ("NoSuchKey", "NotFound", "404"):
+        return StoreAccessError(
+            f"{where}: the server does not know the bucket, and does not say so as S3 does ({said}); is it an S3 server? "
+            "Check endpoint_url, or AWS_ENDPOINT_URL_S3: it is the address of the server alone, without the bucket"
+        )
     # A version that is a delete marker can be neither read nor asked about.
     if code in _MISSING or status == 404 or (refused and operation in ("get_object", "head_object")):
         return ObjectNotFoundError(
