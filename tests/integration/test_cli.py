@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from spotguard import CheckpointStore
 from spotguard.cli.app import app
 from spotguard.errors import ConfigError, NoUsableCheckpointError, SpotguardError
+from spotguard.stores import LocalObjectStore
 
 
 @pytest.fixture
@@ -59,6 +60,32 @@ def test_verify_finds_the_flipped_bit_and_says_so_by_its_exit_status(run: Path) 
     assert verdicts == {"0001-0000000100": True, "0001-0000000200": False, "0001-0000000300": True}
     assert "DAMAGED" in call("verify", run, "200", status=1)
     call("verify", run, "300")
+
+
+def test_verify_lists_once_and_reads_once_what_checkpoints_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(tmp_path / "run")
+    for step in range(1, 9):
+        store.save({"frozen": {"weight": [0.0]}, "head": {"weight": [float(step)]}}, step=step)
+    listed, opened = list[str](), list[str]()
+
+    def listing(self: LocalObjectStore, prefix: str, inner: Any = LocalObjectStore.list) -> Any:
+        listed.append(prefix)
+        return inner(self, prefix)
+
+    def opening(self: LocalObjectStore, key: str, inner: Any = LocalObjectStore.open, **options: Any) -> Any:
+        opened.append(key)
+        return inner(self, key, **options)
+
+    monkeypatch.setattr(LocalObjectStore, "list", listing)
+    monkeypatch.setattr(LocalObjectStore, "open", opening)
+    assert [item["whole"] for item in call_json("verify", tmp_path / "run")] == [True] * 8
+    assert len(listed) < 8
+    assert [key for key in opened if key.endswith("frozen.pt")] == ["checkpoints/0001-0000000001/frozen.pt"]
+    assert len([key for key in opened if key.endswith("head.pt")]) == 8
+    flip(tmp_path / "run/checkpoints/0001-0000000001/frozen.pt")
+    assert not any(item["whole"] for item in call_json("verify", tmp_path / "run", status=1))
 
 
 def test_resolve_explains_every_candidate(run: Path) -> None:

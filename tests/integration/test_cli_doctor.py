@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from servers import S3Server
 from spotguard import SpotGuard, TrainState
 from spotguard.cli.app import app
-from spotguard.errors import ConfigError
+from spotguard.errors import ConfigError, SpotguardError
 from spotguard.stores.s3 import S3ObjectStore
 from spotguard.testing.metadata import FakeAws, FakeAzure, FakeGoogle
 
@@ -81,6 +81,18 @@ def test_a_run_is_left_as_it_was(tmp_path: Path) -> None:
     found = examine(tmp_path / "run")
     assert files(tmp_path) == before
     assert "1 attempts" in found[[finding["check"] for finding in found].index("store")]["what"]
+
+
+@pytest.mark.parametrize("trouble", ["gone", "damaged"])
+def test_a_run_that_a_start_would_refuse_is_a_problem(tmp_path: Path, trouble: str) -> None:
+    train(tmp_path / "run")
+    record = tmp_path / "run/run.json"
+    record.unlink() if trouble == "gone" else record.write_bytes(b"{}")
+    (found,) = (item for item in examine(tmp_path / "run", status=1) if item["level"] == "problem")
+    assert "run.json" in found["what"]
+    assert "a start is refused" in found["what"]
+    with pytest.raises(SpotguardError, match=r"run\.json"):
+        train(tmp_path / "run")
 
 
 def test_a_table_for_people_has_the_same(tmp_path: Path) -> None:

@@ -179,6 +179,11 @@ def test_a_checkpoint_store_refuses_what_it_cannot_do() -> None:
     for step in (-1, True, 1.5, "1"):
         with pytest.raises(ConfigError, match="step="):
             store.save({"model": {}}, step=step)  # type: ignore[arg-type]
+    for metrics in (0.3, {"loss": "abc"}, {"loss": None}, {"loss": [1.0, 2.0]}):
+        with pytest.raises(ConfigError, match=r"save\(metrics=.*val_loss"):
+            store.save({"model": {}}, step=1, metrics=metrics)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="names and states"):
+        store.save(5, step=1)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="nothing to save"):
         store.save({}, step=1)
     with pytest.raises(ConfigError, match="member name"):

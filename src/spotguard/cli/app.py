@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from spotguard.checkpoint import CheckpointId
+from spotguard.checkpoint import CheckpointId, ShardRecord
 from spotguard.checkpoint.layout import STOP
 from spotguard.cli.doctor import doctor_command
 from spotguard.cli.opening import existing_run
@@ -14,7 +14,7 @@ from spotguard.cli.rehearse import rehearse_command
 from spotguard.cli.s3 import s3_app
 from spotguard.cli.status import status_command
 from spotguard.errors import CheckpointDamagedError, ConfigError, SpotguardError
-from spotguard.pipeline.checkpoint import Checkpoint
+from spotguard.pipeline.checkpoint import Checkpoint, load_manifest
 from spotguard.pipeline.checkpoint_store import CheckpointStore
 from spotguard.pipeline.history import read_history
 from spotguard.pipeline.objects import write_object
@@ -125,17 +125,16 @@ def verify_command(
 ) -> None:
     """Read every byte and compare it with the manifest. Exit status 1 if anything is damaged."""
     store = existing_run(uri)
-    everything = [str(identity) for identity in read_history(store.objects).manifests]
-    identities = everything if which == "all" else [_pick(store, which).id]
+    identities = read_history(store.objects).manifests if which == "all" else [_pick(store, which).manifest.id]
     results: list[dict[str, object]] = []
-    with bar("verifying", total=len(identities)) as advance:
+    proven = set[ShardRecord]()
+    with bar("verifying") as advance:
         for identity in identities:
             try:
-                store.verify(identity)
-                results.append({"checkpoint": identity, "whole": True, "reason": ""})
+                Checkpoint(store.objects, load_manifest(store.objects, identity)).verify(advance, proven=proven)
+                results.append({"checkpoint": str(identity), "whole": True, "reason": ""})
             except CheckpointDamagedError as error:
-                results.append({"checkpoint": identity, "whole": False, "reason": str(error)})
-            advance(1)
+                results.append({"checkpoint": str(identity), "whole": False, "reason": str(error)})
     if as_json:
         print(to_json(results))  # noqa: T201
     else:
@@ -157,7 +156,7 @@ def resolve_command(
 ) -> None:
     """Say which checkpoint the next start resumes from. Exit status 1 if there are checkpoints and none is usable."""
     store = existing_run(uri)
-    with bar("verifying", total=None) as advance:
+    with bar("verifying") as advance:
         resolution = store.resolve(advance, explain=explain)
     chosen = resolution.checkpoint
     if as_json:
@@ -196,7 +195,7 @@ def restore_command(
 ) -> None:
     """Bring back a checkpoint whose manifest was deleted, from a bucket that keeps versions. Every byte is verified first."""
     store = existing_run(uri)
-    with bar("verifying", total=None) as advance:
+    with bar("verifying") as advance:
         checkpoint = restore_checkpoint(store.objects, CheckpointId.parse(which), advance)
     print(f"checkpoint {checkpoint.id} (step {checkpoint.step}) is back")  # noqa: T201
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
 from spotguard._time import format_seconds, utc_now
@@ -64,11 +64,10 @@ def age(when: dt.datetime) -> str:
 
 
 @contextlib.contextmanager
-def bar(title: str, *, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error, on a terminal only; counts items, or bytes where the total is not known."""
+def bar(title: str) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error, on a terminal only; counts bytes."""
     console = Console(stderr=True)
-    counts = MofNCompleteColumn() if total is not None else DownloadColumn()
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), counts)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=total)
+        task = progress.add_task(title, total=None)
         yield lambda count: progress.advance(task, count)

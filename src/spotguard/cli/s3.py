@@ -54,9 +54,9 @@ def lifecycle_command(
         print(to_json(fields))  # noqa: T201
     else:
         print(to_json({"Rules": [rule]}))  # noqa: T201
-        cost = f"${kept.usd_per_month:.2f}" if kept.usd_per_month >= 0.01 else "less than $0.01"
+        cost = f"about ${kept.usd_per_month:.2f}" if kept.usd_per_month >= 0.01 else "less than $0.01"
         note(
-            f"{kept.versions} versions that were overwritten or deleted are kept, {size(kept.size)}: about "
+            f"{kept.versions} versions that were overwritten or deleted are kept, {size(kept.size)}: "
             f"{cost} a month at ${lifecycle.PRICE_PER_GB_MONTH} per GB and month; {kept.uploads} uploads are unfinished, "
             "whose bytes are not counted"
         )

@@ -65,6 +65,16 @@ class CheckpointStore:
 
         if type(step) is not int or step < 0:
             raise ConfigError(f"save(step={step!r}): a step is a whole number, 0 or more")
+        try:
+            metrics = {str(name): float(value) for name, value in dict(metrics or {}).items()}
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"save(metrics={metrics!r}): write names and numbers, as in {{'val_loss': 0.3}}"
+            ) from error
+        if not isinstance(members, Mapping):
+            raise ConfigError(
+                f"save({type(members).__name__}): pass names and states, as in {{'model': model.state_dict()}}"
+            )
         buffers = HostBuffers()
         images = []
         for name, tree in members.items():

@@ -8,8 +8,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from spotguard.checkpoint import Manifest
-from spotguard.errors import MissingExtraError, ObjectExistsError, SpotguardError, StoreAccessError
+from spotguard.checkpoint import Manifest, RunRecord
+from spotguard.checkpoint.layout import RUN
+from spotguard.errors import MissingExtraError, ObjectExistsError, ObjectNotFoundError, SpotguardError, StoreAccessError
 from spotguard.ops.doctor.findings import Finding
 from spotguard.pipeline.history import read_history
 from spotguard.pipeline.objects import read_record
@@ -69,6 +70,8 @@ def examine_store(store: ObjectStore) -> list[Finding]:
         findings.append(Finding("store", "ok", f"{store.uri} can be opened; there is no run yet"))
     advice = f"see 'spotguard resolve --explain {store.uri}'"
     findings += [Finding("store", "warning", text, advice) for text in history.damaged.values()]
+    if history.manifests:
+        findings += _identity(store)
     with traceless(store):
         findings += _preflight(store) if isinstance(store, PreflightStore) else []
         if not any(finding.level == "problem" for finding in findings):
@@ -76,6 +79,19 @@ def examine_store(store: ObjectStore) -> list[Finding]:
     if isinstance(store, LocalObjectStore):
         findings += _space(store, newest_manifest(store))
     return findings
+
+
+def _identity(store: ObjectStore) -> list[Finding]:
+    """A run with checkpoints does not start without the record that says whose they are."""
+    try:
+        read_record(store, RUN, lambda data: RunRecord.from_bytes(data, key=f"{store.uri}/{RUN}"))
+    except ObjectNotFoundError:
+        text = f"{store.uri}/{RUN} is gone, and there are checkpoints: a start is refused"
+    except SpotguardError as error:
+        text = f"{error}: a start is refused"
+    else:
+        return []
+    return [Finding("store", "problem", text, f"bring {RUN} back, or choose another place")]
 
 
 def newest_manifest(store: ObjectStore) -> Manifest | None:

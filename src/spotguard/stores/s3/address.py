@@ -45,7 +45,9 @@ class S3Address:
         if "?" in path or "#" in path:
             raise ConfigError(f"uri={uri!r}: options are not part of the URI; give them to S3CheckpointStore")
         if not path.isprintable() or path != path.strip():
-            raise ConfigError(f"uri={uri!r} has a space at its end, or a character that cannot be seen; write it without")
+            raise ConfigError(
+                f"uri={uri!r} has a space at its end, or a character that cannot be seen; write it without"
+            )
         parts = [part for part in path.split("/") if part]
         if not parts:
             raise ConfigError(
