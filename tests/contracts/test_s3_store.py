@@ -545,7 +545,7 @@ def test_a_server_that_cannot_be_reached_is_said_with_what_to_check(monkeypatch:
     for name, value in {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}.items():
         monkeypatch.setenv(name, value)
     store = S3ObjectStore("s3://plain/run", S3Options(endpoint_url="http://127.0.0.1:1", region="us-east-1"))
-    with pytest.raises(TransientStoreError, match="check the network.*endpoint_url"):
+    with pytest.raises(TransientStoreError, match=r"check the network.*endpoint_url"):
         store.connection.call("get_bucket_versioning", tries=1)
 
 

@@ -77,9 +77,8 @@ class S3Options:
             )
         if self.kms_key_id is not None and self.sse not in ("aws:kms", "aws:kms:dsse"):
             raise ConfigError(f"kms_key_id={self.kms_key_id!r} is used with sse='aws:kms' only; sse is {self.sse!r}")
-        if self.customer_key is not None and (
-            not isinstance(self.customer_key, bytes) or len(self.customer_key) != 32 or self.sse is not None
-        ):
+        key: object = self.customer_key
+        if key is not None and (not isinstance(key, bytes) or len(key) != 32 or self.sse is not None):
             raise ConfigError("customer_key: give exactly 32 bytes, and no sse beside it")
         if not 5 * _MIB <= self.part_size <= 5120 * _MIB:
             raise ConfigError(f"part_size={self.part_size}: S3 takes parts of 5 MiB to 5 GiB")
