@@ -96,6 +96,24 @@ def test_a_transfer_that_stalls_is_noticed_and_tried_again(
     assert len(proxy.faulted) == 2
 
 
+def test_a_wait_for_a_server_that_does_not_answer_is_told_of_though_not_for_each_part(
+    place: Callable[..., S3ObjectStore],
+    proxy: FaultProxy,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("spotguard.stores.s3.connection._PATIENCE_S", 0.9)
+    store = place(proxy.uri, stall_s=1.0)
+    store.preflight()
+    proxy.plan = matching(Status(500), method="PUT", query_contains="partNumber", times=2)
+    put(store, "first", os.urandom(11 * MIB))
+    assert "no success" not in caplog.text, "that was soon over"
+    proxy.plan = matching(Stall(MIB), method="PUT", query_contains="partNumber", times=3)
+    put(store, "second", os.urandom(16 * MIB))
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len([text for text in told if "no success for 1 s: tried again after" in text]) == 1, told
+
+
 def test_what_is_refused_for_good_is_aborted(place: Callable[..., S3ObjectStore], proxy: FaultProxy) -> None:
     store = place(proxy.uri)
     store.preflight()

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 Answer = dict[str, Any]
 _T = TypeVar("_T")
 _TRIES, _LONGEST_WAIT_S, _BRIEF_S = 8, 8.0, 0.02
+_PATIENCE_S = 10.0  # of whoever waits without a word
 _AHEAD = 256 << 10  # bytes that the system holds and has not begun to send
 _making = threading.Lock()  # sessions of boto3 must not be used by two threads at once
 
@@ -61,6 +63,7 @@ class Connection:
         self._client: tuple[int, Any] | None = None
         self.up, self.down = (Pace(options.connections, options.part_size) for _ in range(2))
         self.wants_part_checksums = False
+        self._said = float("-inf")  # when a wait was last told of
 
     @property
     def client(self) -> Any:
@@ -141,9 +144,7 @@ class Connection:
             ),
             wait=FullJitter(0.1, longest=_LONGEST_WAIT_S) if up_to is None else up_to.wait,
             stop=tenacity.stop_after_attempt(tries) if up_to is None else up_to.is_over,
-            before_sleep=lambda state: logger.info(
-                "%s: tried again after %s", where, state.outcome and state.outcome.exception()
-            ),
+            before_sleep=functools.partial(self._say_tried_again, where),
             reraise=True,
         )
         try:
@@ -155,6 +156,19 @@ class Connection:
                 ) from error
             error.exhausted = True
             raise
+
+    def _say_tried_again(self, where: str, state: tenacity.RetryCallState) -> None:
+        """Whoever waits for long is told why, though not for each of many parts."""
+        waited, now = state.seconds_since_start or 0.0, time.monotonic()
+        loud = waited >= _PATIENCE_S and now - self._said >= _PATIENCE_S
+        if loud:
+            self._said = now
+        logger.log(
+            logging.WARNING if loud else logging.INFO,
+            "%s: tried again after %s",
+            where if not loud else f"{where}: no success for {waited:.0f} s",
+            state.outcome and state.outcome.exception(),
+        )
 
     def _once(self, operation: str, where: str, params: dict[str, Any]) -> Answer:
         from botocore.exceptions import BotoCoreError, ClientError
