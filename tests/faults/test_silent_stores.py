@@ -223,6 +223,16 @@ def test_work_is_done_in_order_and_its_first_error_is_raised() -> None:
     assert outcomes(len, []) == []
 
 
+def test_work_that_need_not_be_waited_for_is_not_called_late() -> None:
+    over = threading.Event()
+    done, left = outcomes(lambda wait: wait and over.wait(60), [False, True], enough=bool)
+    over.set()
+    assert done.error is None
+    assert str(left.error) == "it was not waited for, since another has it"
+    (late,) = outcomes(time.sleep, [5], until=time.monotonic() + 0.05)
+    assert str(late.error) == "the store has not answered in time"
+
+
 class SlowToDelete(LocalObjectStore):
     """Takes its time over deletes, as some stores do."""
 

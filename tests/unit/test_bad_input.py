@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from spotguard import (
     CheckpointStore,
+    KeepBest,
     KeepNewest,
+    KeepYoungerThan,
     LocalCheckpointStore,
     Preempted,
     PreemptionNotice,
@@ -172,6 +174,18 @@ def test_a_member_whose_state_cannot_be_read_back(value: Any, named: str) -> Non
         SpotGuard("memory://bad-input-member", state(extra=Holds(value))).__enter__()
     with pytest.raises(ConfigError, match=f"member 'extra'.*{named}"):
         CheckpointStore("memory://bad-input-store").save({"extra": {"value": value}}, step=1)
+
+
+def test_a_metric_that_is_spelled_wrong_deletes_nothing() -> None:
+    store = CheckpointStore("memory://misspelled-metric")
+    for step in range(3):
+        store.save({"model": {}}, step=step, metrics={"val_loss": 1.0})
+    policy = KeepBest(3, "val_los") & KeepYoungerThan("1d") | KeepNewest(1)
+    for dry_run in (True, False):
+        with pytest.raises(ConfigError, match=r"'val_los'; they have 'val_loss'.*Nothing has been deleted"):
+            store.prune(policy, dry_run=dry_run)
+    assert len(store.list()) == 3
+    assert len(store.prune(KeepBest(2, "val_loss")).drop) == 1
 
 
 def test_a_checkpoint_store_refuses_what_it_cannot_do() -> None:

@@ -110,7 +110,9 @@ def outcomes(
                 break
             changed.wait(left if enough is None else _LOOK_S if left is None else min(_LOOK_S, left))
         over.set()
-        late = Outcome[_T](error=DeadlineExceededError("the store has not answered in time"))
+        in_time = until is None or time.monotonic() < until
+        why = "it was not waited for, since another has it" if in_time else "the store has not answered in time"
+        late = Outcome[_T](error=DeadlineExceededError(why))
         return [found.get(number, late) for number in range(len(wanted))]
 
 
