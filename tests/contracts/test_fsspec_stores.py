@@ -575,6 +575,9 @@ def test_a_uri_is_opened_by_the_store_for_it(gcs: GcsServer, monkeypatch: pytest
         ("nonsense-of-mine://bucket/run", "not known. Use a directory path"),
         ("gs://", "names no place"),
         ("az:///", "names no place"),
+        ("gs://bucket/../run", "write the place out"),
+        ("az://container/team/../run", "write the place out"),
+        ("abfs://container/./run", "write the place out"),
     ],
 )
 def test_a_uri_that_names_nothing_is_refused(uri: str, advice: str) -> None:

@@ -118,6 +118,8 @@ class FsspecObjectStore:
         self._protocol, separator, place = uri.partition("://")
         if not separator or not place.strip("/"):
             raise ConfigError(f"uri={uri!r} names no place; write for example gs://my-bucket/my-run")
+        if self._protocol in _EXTRAS and {".", ".."} & set(place.split("/")):
+            raise ConfigError(f"uri={uri!r}: '.' and '..' mean nothing in a bucket; write the place out")
         self._options, self._single_writer = storage_options, single_writer
         self._class = _file_system_class(self._protocol)
         self._root = str(self._class._strip_protocol(uri)).rstrip("/")
