@@ -113,6 +113,12 @@ def test_rollback_changes_what_is_resumed_and_deletes_nothing(run: Path) -> None
     assert "not in lineage" in call("ls", run)
 
 
+def test_a_rollback_tells_of_the_bytes_that_it_reads(run: Path) -> None:
+    store, read = CheckpointStore(run), list[int]()
+    checkpoint = store.rollback(step=200, progress=read.append)
+    assert sum(read) == checkpoint.manifest.size
+
+
 def test_prune_says_what_it_would_do_and_does_what_it_said(run: Path) -> None:
     plan = call_json("prune", run, "--keep", 1, "--dry-run")
     assert plan["checkpoints"] == ["0001-0000000100", "0001-0000000200"]

@@ -183,7 +183,9 @@ def rollback_command(
     step: Annotated[int, typer.Option("--step", help="Resume from the checkpoint at this step.", show_default=False)],
 ) -> None:
     """Resume from an older checkpoint from now on. Nothing is deleted; a running trainer is fenced off at its next save."""
-    checkpoint = existing_run(uri).rollback(step=step)
+    store = existing_run(uri)
+    with bar("verifying") as advance:
+        checkpoint = store.rollback(step=step, progress=advance)
     print(  # noqa: T201
         f"the next start resumes from {checkpoint.id} (step {checkpoint.step}): {checkpoint.manifest.parent}, committed again"
     )

@@ -151,7 +151,7 @@ class CheckpointStore:
         """Read every byte of one checkpoint; raises CheckpointDamagedError with what is wrong."""
         self.get(identity).verify(progress)
 
-    def rollback(self, *, step: int) -> Checkpoint:
+    def rollback(self, *, step: int, progress: Progress | None = None) -> Checkpoint:
         """Resume from `step` from now on. Nothing is deleted; a running trainer is fenced off.
 
         Returns:
@@ -162,7 +162,7 @@ class CheckpointStore:
             CheckpointDamagedError: It is damaged.
             FencedError: Somebody else has started meanwhile.
         """
-        checkpoint = roll_back(self.objects, self._find(step))
+        checkpoint = roll_back(self.objects, self._find(step), progress)
         self._attempt, self._previous = None, None
         return checkpoint
 

@@ -20,7 +20,7 @@ the run goes on from the target. A sweep that is killed has deleted less.
 from spotguard._time import utc_now
 from spotguard.checkpoint import CheckpointId
 from spotguard.errors import CheckpointDamagedError, CheckpointNotFoundError, FencedError
-from spotguard.pipeline.checkpoint import Checkpoint, load_manifest
+from spotguard.pipeline.checkpoint import Checkpoint, Progress, load_manifest
 from spotguard.pipeline.fence import check_fence
 from spotguard.pipeline.history import claim_attempt, list_claims
 from spotguard.pipeline.objects import create_object
@@ -29,12 +29,13 @@ from spotguard.stores import ObjectStore
 __all__ = ["roll_back"]
 
 
-def roll_back(store: ObjectStore, target: CheckpointId) -> Checkpoint:
+def roll_back(store: ObjectStore, target: CheckpointId, progress: Progress | None = None) -> Checkpoint:
     """Have the run go on from a checkpoint, once every byte of it is verified. Nothing is deleted.
 
     Args:
         store: The run.
         target: The checkpoint to go back to.
+        progress: Called with the number of bytes verified, for each piece.
 
     Returns:
         The checkpoint that the next start resumes from: the same shards, as the first commit of a new attempt.
@@ -44,7 +45,7 @@ def roll_back(store: ObjectStore, target: CheckpointId) -> Checkpoint:
         CheckpointNotFoundError: Retention deleted it meanwhile. Older processes are fenced off, nothing else has been changed.
         FencedError: A later attempt has started meanwhile.
     """
-    Checkpoint(store, load_manifest(store, target)).verify()
+    Checkpoint(store, load_manifest(store, target)).verify(progress)
     attempt = claim_attempt(store, rollback_to=target).attempt
     try:
         manifest = load_manifest(store, target)
