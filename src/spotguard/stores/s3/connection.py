@@ -158,9 +158,9 @@ class Connection:
             raise
 
     def _say_tried_again(self, where: str, state: tenacity.RetryCallState) -> None:
-        """Whoever waits for long is told why, though not for each of many parts."""
+        """Whoever waits for long is told why: once a minute, not for each of many parts."""
         waited, now = state.seconds_since_start or 0.0, time.monotonic()
-        loud = waited >= _PATIENCE_S and now - self._said >= _PATIENCE_S
+        loud = waited >= _PATIENCE_S and now - self._said >= 6 * _PATIENCE_S
         if loud:
             self._said = now
         logger.log(
