@@ -1,5 +1,6 @@
 """A run in a bucket that is killed, at any place and any number of times, ends exactly like one that never was, and in a directory."""
 
+import itertools
 import random
 import secrets
 import signal
@@ -57,9 +58,14 @@ def test_sigterm_at_boundaries_of_a_run_in_a_bucket(case: Case, tmp_path: Path, 
         assert_same(untouched, folder, f"SIGTERM at tick {tick}")
 
 
-@pytest.mark.parametrize("case", [*GRID, *MORE], ids=str)
-def test_three_kills_in_one_run_in_a_bucket(case: Case, tmp_path: Path, bucket: str) -> None:
-    """Every case of the plain loop."""
+@pytest.mark.parametrize(
+    ("case", "versions"), zip([*GRID, *MORE], itertools.cycle((True, False)), strict=False), ids=str
+)
+def test_three_kills_in_one_run_in_a_bucket(
+    case: Case, versions: bool, tmp_path: Path, bucket: str, seaweedfs: S3Server
+) -> None:
+    """Every case of the plain loop, every other in a bucket that keeps no versions."""
+    bucket = bucket if versions else bucket.replace(f"//{seaweedfs.versioned}/", f"//{seaweedfs.plain}/")
     untouched, ticks = untouched_run(case, tmp_path)
     draw = random.Random(str(case))
     for attempt in range(2 if case in CASES else 1):

@@ -1,17 +1,19 @@
 """The commands, over a real run in a directory."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from spotguard import CheckpointStore
+from spotguard import CheckpointStore, SpotGuard, TrainState
 from spotguard.cli.app import app
-from spotguard.errors import ConfigError, NoUsableCheckpointError, SpotguardError
+from spotguard.errors import ConfigError, NoUsableCheckpointError, SpotguardError, StoreError
 from spotguard.stores import LocalObjectStore
 
 
@@ -165,3 +167,27 @@ app(['ls', {str(run)!r}], standalone_mode=False)
 assert 'torch' not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_commands_run_as_a_module_and_on_a_terminal_without_the_letters(run: Path) -> None:
+    odd = run.rename(run.with_name("läuft"))
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    listed = subprocess.run(
+        [sys.executable, "-m", "spotguard", "ls", str(odd)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert listed.returncode == 0, listed.stderr
+    assert "l\\xe4uft" in listed.stdout
+    assert "Usage: spotguard" in subprocess.check_output([sys.executable, "-m", "spotguard", "--help"], text=True)
+
+
+def test_resolve_says_that_a_start_is_refused_where_the_record_of_the_run_is_gone(run: Path) -> None:
+    call("resolve", run)
+    (run / "run.json").unlink()
+    with pytest.raises(StoreError, match=r"run.json is gone: a start is refused"):
+        call("resolve", run)
+    with pytest.raises(StoreError, match=r"no run.json"), SpotGuard(run, TrainState(model=torch.nn.Linear(1, 1))):
+        pass

@@ -12,7 +12,7 @@ from servers import S3Server
 from spotguard import CheckpointStore, SpotGuard, TrainState
 from spotguard.checkpoint import CheckpointId
 from spotguard.cli.app import app
-from spotguard.errors import CheckpointNotFoundError, ConfigError
+from spotguard.errors import CheckpointNotFoundError, ConfigError, StoreAccessError
 from spotguard.stores import ObjectRef, open_store
 
 
@@ -162,3 +162,16 @@ def test_the_lifecycle_rule_is_printed_then_set_beside_those_that_are_there(run:
 def test_what_only_s3_has_is_refused_elsewhere(tmp_path: object) -> None:
     with pytest.raises(ConfigError, match="s3://"):
         invoke("s3", "lifecycle", tmp_path)
+
+
+def test_a_user_who_may_only_read_is_given_the_rule(moto: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = moto.restricted("s3:ListBucket", "s3:GetObject")
+    reader.use(monkeypatch)
+    answer = invoke("s3", "lifecycle", f"s3://{moto.versioned}/{secrets.token_hex(8)}")
+    assert answer.exit_code == 0
+    assert json.loads(answer.stdout)["Rules"][0]["NoncurrentVersionExpiration"] == {"NoncurrentDays": 7}
+    for permission in ("s3:ListBucketVersions", "s3:GetLifecycleConfiguration"):
+        assert permission in answer.stderr
+    assert "nothing has been changed" in answer.stderr
+    refused = CliRunner().invoke(app, ["s3", "lifecycle", f"s3://{moto.versioned}/run", "--apply"])
+    assert isinstance(refused.exception, StoreAccessError)

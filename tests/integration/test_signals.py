@@ -94,6 +94,36 @@ def test_a_second_signal_ends_the_process_at_once_though_the_main_thread_is_stuc
     assert newest_step(tmp_path) is None
 
 
+SLOW_TO_SAVE = """
+import os, signal, sys, time
+import torch
+import spotguard.guard.session as session
+from spotguard import SpotGuard, TrainState
+from spotguard.stores import LocalObjectStore
+
+class Slow(LocalObjectStore):
+    def create(self, key, **how):
+        if key.startswith("checkpoints/"):
+            time.sleep(float(sys.argv[2]))
+        return super().create(key, **how)
+
+session._LONG_S = 0.5
+with SpotGuard(Slow(sys.argv[1]), TrainState(model=torch.nn.Linear(1, 1))) as guard:
+    for step in guard.steps(10):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.parametrize("seconds", [0, 1])
+def test_whoever_waits_for_a_long_last_save_is_told_how_to_leave(tmp_path: Path, seconds: float) -> None:
+    command = [sys.executable, "-c", SLOW_TO_SAVE, str(tmp_path / "run"), str(seconds)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 143, run.stderr
+    told = "the last save is taking its time; another signal leaves at once, with no checkpoint" in run.stderr
+    assert told == bool(seconds)
+
+
 def test_a_signal_that_is_delivered_twice_is_one_notice(tmp_path: Path) -> None:
     with Script(WAITS_IN_STEP_3, tmp_path, SPOTGUARD_REPEAT_S="3600") as script:
         script.wait_for("ready")

@@ -19,10 +19,12 @@ from spotguard import (
     LocalCheckpointStore,
     Preempted,
     PreemptionNotice,
+    S3CheckpointStore,
     SpotGuard,
     TrainState,
 )
 from spotguard.errors import ConfigError, StateMismatchError
+from spotguard.stores import open_store
 
 
 def type_name(value: Any) -> str:
@@ -186,6 +188,29 @@ def test_a_metric_that_is_spelled_wrong_deletes_nothing() -> None:
             store.prune(policy, dry_run=dry_run)
     assert len(store.list()) == 3
     assert len(store.prune(KeepBest(2, "val_loss")).drop) == 1
+
+
+def test_a_metric_that_nobody_measures_is_told_of_once_while_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with SpotGuard(
+        tmp_path, TrainState(model=torch.nn.Linear(1, 1)), keep=KeepBest(3, "val_los") | KeepNewest(1)
+    ) as guard:
+        for _ in guard.steps(5):
+            guard.save(metrics={"val_loss": 1.0})
+    (told,) = [record.getMessage() for record in caplog.records if "val_los'" in record.getMessage()]
+    assert "no checkpoint has the metric 'val_los'; they have 'val_loss'. What" in told
+
+
+def test_a_whole_bucket_or_a_web_address_is_no_place_for_a_run() -> None:
+    for uri in ("gs://bucket", "gs://bucket/", "az://container", "abfs://container"):
+        with pytest.raises(ConfigError, match="names a whole bucket"):
+            open_store(uri)
+    for uri in ("https://bucket.s3.amazonaws.com/run-17", "http://127.0.0.1:9000/bucket/run"):
+        with pytest.raises(ConfigError, match="is a web address; write s3://bucket/run-17"):
+            open_store(uri)
+    with pytest.raises(ConfigError, match="uri=None is no text"):
+        S3CheckpointStore(None)  # type: ignore[arg-type]
 
 
 def test_a_checkpoint_store_refuses_what_it_cannot_do() -> None:

@@ -1,22 +1,24 @@
 """The commands. Tables for people, ``--json`` for programs; torch is not loaded for any of them but ``rehearse``."""
 
+import io
 import sys
 from typing import Annotated
 
 import typer
 
 from spotguard.checkpoint import CheckpointId, ShardRecord
-from spotguard.checkpoint.layout import STOP
+from spotguard.checkpoint.layout import RUN, STOP
 from spotguard.cli.doctor import doctor_command
 from spotguard.cli.opening import existing_run
 from spotguard.cli.output import age, bar, fail, size, table, to_json
 from spotguard.cli.rehearse import rehearse_command
 from spotguard.cli.s3 import s3_app
 from spotguard.cli.status import status_command
-from spotguard.errors import CheckpointDamagedError, ConfigError, SpotguardError
+from spotguard.errors import CheckpointDamagedError, ConfigError, ObjectNotFoundError, SpotguardError, StoreError
 from spotguard.pipeline.checkpoint import Checkpoint, load_manifest
 from spotguard.pipeline.checkpoint_store import CheckpointStore
 from spotguard.pipeline.history import read_history
+from spotguard.pipeline.identity import read_run
 from spotguard.pipeline.objects import write_object
 from spotguard.pipeline.restore import deleted_checkpoints, restore_checkpoint
 
@@ -43,8 +45,11 @@ Which = Annotated[str, typer.Argument(help="A checkpoint id, a step, or 'latest'
 
 def main() -> None:
     """Entry point of the console script: errors of ours are a line on standard error; exit status 2 for wrong usage, 1 for the rest."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name in a bucket may have letters that a terminal has not
     try:
-        app()
+        app(prog_name="spotguard")
     except ConfigError as error:
         fail(str(error))
         sys.exit(2)
@@ -172,9 +177,20 @@ def resolve_command(
         table(store.uri, ("checkpoint", "verdict", "reason"), rows)
         for reason in resolution.damaged:
             fail(reason)
-    resolution.require()
+    if resolution.require() is not None:
+        _require_identity(store)
     if not as_json:
         print(chosen.id if chosen else "a fresh start: the run has no checkpoint yet")  # noqa: T201
+
+
+def _require_identity(store: CheckpointStore) -> None:
+    """A start is refused by a run with checkpoints that has lost the record of whose they are."""
+    try:
+        read_run(store.objects)
+    except ObjectNotFoundError:
+        raise StoreError(
+            f"{store.uri}/{RUN} is gone: a start is refused. Bring it back, or choose another place"
+        ) from None
 
 
 @app.command("rollback")

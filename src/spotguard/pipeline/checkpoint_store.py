@@ -12,8 +12,8 @@ from spotguard.pipeline.objects import together
 from spotguard.pipeline.resolver import Resolution, resolve
 from spotguard.pipeline.restore import DeletedCheckpoint, deleted_checkpoints, restore_checkpoint
 from spotguard.pipeline.rollback import roll_back
-from spotguard.pipeline.sweeper import Known, SweepPlan, sweep
-from spotguard.policies import RetentionPolicy, as_retention_policy, metrics_of
+from spotguard.pipeline.sweeper import Known, SweepPlan, missing_metrics, sweep
+from spotguard.policies import RetentionPolicy, as_retention_policy
 from spotguard.stores import ObjectStore, open_store
 
 __all__ = ["CheckpointStore", "LocalCheckpointStore"]
@@ -191,14 +191,9 @@ class CheckpointStore:
             ConfigError: The policy goes by a metric that no checkpoint has, though they have others: all but the newest would go.
         """
         policy, known = as_retention_policy(keep), Known()
-        if wanted := metrics_of(policy):
-            manifests = known.read_manifests(self.objects, known.look(self.objects)).values()
-            had = {name for manifest in manifests for name in manifest.metrics}
-            if had and (missing := wanted - had):
-                raise ConfigError(
-                    f"keep={policy}: no checkpoint in {self.uri} has the metric {', '.join(map(repr, sorted(missing)))}; "
-                    f"they have {', '.join(map(repr, sorted(had)))}. Nothing has been deleted"
-                )
+        manifests = known.read_manifests(self.objects, known.look(self.objects)).values()
+        if wrong := missing_metrics(policy, manifests):
+            raise ConfigError(f"{self.uri}, keep={policy}: {wrong}. Nothing has been deleted")
         return sweep(self.objects, policy, owner=self._attempt, dry_run=dry_run, known=known)
 
     def _find(self, identity: "str | int") -> CheckpointId:

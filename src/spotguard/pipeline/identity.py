@@ -11,7 +11,7 @@ from spotguard.errors import ObjectExistsError, ObjectNotFoundError, StoreError
 from spotguard.pipeline.objects import read_record, retried, write_object
 from spotguard.stores import ObjectStore, PreflightStore
 
-__all__ = ["find_run", "open_run"]
+__all__ = ["find_run", "open_run", "read_run"]
 
 # How often, and how far apart, a start looks for the run record that another one is creating.
 _PATIENCE, _PAUSE_S = 20, 0.05
@@ -25,10 +25,20 @@ def find_run(store: ObjectStore) -> RunRecord | CheckpointId | None:
     if isinstance(store, PreflightStore):
         store.preflight()
     try:
-        return read_record(store, RUN, lambda data: RunRecord.from_bytes(data, key=f"{store.uri}/{RUN}"))
+        return read_run(store)
     except ObjectNotFoundError:
         keys = [info.key for info in retried(lambda: list(store.list(MANIFESTS)))]
     return next((identity for key in keys if (identity := parse_manifest_key(key))), None)
+
+
+def read_run(store: ObjectStore) -> RunRecord:
+    """The identity of the run.
+
+    Raises:
+        ObjectNotFoundError: It has none.
+        StoreError: It cannot be read.
+    """
+    return read_record(store, RUN, lambda data: RunRecord.from_bytes(data, key=f"{store.uri}/{RUN}"))
 
 
 def open_run(store: ObjectStore, record: RunRecord | None = None) -> RunRecord:
@@ -48,7 +58,7 @@ def open_run(store: ObjectStore, record: RunRecord | None = None) -> RunRecord:
         if found is not None and record is None:
             raise StoreError(
                 f"{store.uri} holds checkpoints ({found.manifest_key}) but no {RUN}: it was copied or deleted in part. "
-                f"Bring {RUN} back, or choose another directory"
+                f"Bring {RUN} back, or choose another place"
             )
         ours = record or RunRecord(run_id=uuid.uuid4().hex, created_at=utc_now(), spotguard=spotguard.__version__)
         try:

@@ -11,7 +11,7 @@ import dataclasses
 import datetime as dt
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 from spotguard._time import utc_now
@@ -22,10 +22,10 @@ from spotguard.pipeline.checkpoint import ask_store, fetch_shard, load_manifest
 from spotguard.pipeline.history import History, lineage, list_claims, read_history
 from spotguard.pipeline.objects import retried, together
 from spotguard.pipeline.restore import deleted_manifests
-from spotguard.policies import RetentionPolicy
+from spotguard.policies import RetentionPolicy, metrics_of
 from spotguard.stores import ObjectInfo, ObjectRef, ObjectStore, VersionedStore
 
-__all__ = ["Known", "SweepPlan", "plan_sweep", "sweep"]
+__all__ = ["Known", "SweepPlan", "missing_metrics", "plan_sweep", "sweep"]
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +114,15 @@ class SweepPlan:
     def size(self) -> int:
         """Bytes that become free."""
         return sum(info.size for info in self.objects)
+
+
+def missing_metrics(policy: RetentionPolicy, manifests: Iterable[Manifest]) -> str:
+    """Metrics that a policy goes by and no checkpoint has, though they have others: in words, empty where there are none."""
+    had = {name for manifest in manifests for name in manifest.metrics}
+    missing = metrics_of(policy) - had
+    if not had or not missing:
+        return ""
+    return f"no checkpoint has the metric {', '.join(map(repr, sorted(missing)))}; they have {', '.join(map(repr, sorted(had)))}"
 
 
 def plan_sweep(

@@ -15,7 +15,7 @@ from spotguard.pipeline.checkpoint import Checkpoint, Progress
 from spotguard.pipeline.commit import commit
 from spotguard.pipeline.fence import ClaimGoneError
 from spotguard.pipeline.objects import Outcome, outcomes
-from spotguard.pipeline.sweeper import sweep
+from spotguard.pipeline.sweeper import SweepPlan, missing_metrics, sweep
 from spotguard.pipeline.tier import Tier
 from spotguard.pipeline.tiers import Tiers
 from spotguard.pipeline.upkeep import Upkeep
@@ -88,7 +88,7 @@ class Writer:
         self._job: _Job | None = None
         self._wake, self._state = threading.Condition(), threading.RLock()
         self._upkeep, self._hurry, self._pressing = Upkeep(self._sweep), threading.Event(), threading.Event()
-        self._closing = False
+        self._closing = self._told = False
         self._thread = threading.Thread(target=self._run, name="spotguard-writer", daemon=True)
         self._thread.start()
 
@@ -344,6 +344,7 @@ class Writer:
                     error,
                 )
             else:
+                self._tell_missing(tier, plan)
                 if plan.drop or plan.objects or plan.hidden:
                     dropped = tuple(str(identity) for identity in plan.drop)
                     self._publish(
@@ -361,6 +362,17 @@ class Writer:
                 with self._state:
                     self.checkpoint = Checkpoint(newest.store, newest.last)
             self._tier_failed(tier, step, proof)
+
+    def _tell_missing(self, tier: Tier, plan: SweepPlan) -> None:
+        """A metric may be spelled wrong, or not be measured yet: said once, when something was deleted that might have been meant."""
+        if plan.drop and not self._told and (what := missing_metrics(self._retention, tier.known.manifests.values())):
+            self._told = True
+            logger.warning(
+                "%s, keep=%s: %s. What the rest of the policy does not keep is deleted",
+                tier.store.uri,
+                self._retention,
+                what,
+            )
 
     def _tier_failed(self, tier: Tier, step: int, error: Exception) -> None:
         tier.failures += 1

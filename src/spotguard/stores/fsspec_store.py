@@ -118,6 +118,10 @@ class FsspecObjectStore:
         self._protocol, separator, place = uri.partition("://")
         if not separator or not place.strip("/"):
             raise ConfigError(f"uri={uri!r} names no place; write for example gs://my-bucket/my-run")
+        if self._protocol in _EXTRAS and "/" not in place.strip("/"):
+            raise ConfigError(
+                f"uri={uri!r} names a whole bucket: a run needs a place of its own there, as in {uri.rstrip('/')}/run-17"
+            )
         if self._protocol in _EXTRAS and {".", ".."} & set(place.split("/")):
             raise ConfigError(f"uri={uri!r}: '.' and '..' mean nothing in a bucket; write the place out")
         self._options, self._single_writer = storage_options, single_writer

@@ -72,6 +72,11 @@ def _open_remote(uri: str, scheme: str) -> ObjectStore:
         from spotguard.stores.s3 import S3ObjectStore
 
         return S3ObjectStore(uri)
+    if scheme in ("http", "https"):
+        raise ConfigError(
+            f"uri={uri!r} is a web address; write s3://bucket/run-17, gs://bucket/run-17 or az://container/run-17. "
+            "AWS_ENDPOINT_URL_S3 is for the address of an S3 server"
+        )
     import fsspec
 
     known = {*fsspec.available_protocols(), *_S3}

@@ -8,11 +8,12 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from spotguard.checkpoint import Manifest, RunRecord
+from spotguard.checkpoint import Manifest
 from spotguard.checkpoint.layout import RUN
 from spotguard.errors import MissingExtraError, ObjectExistsError, ObjectNotFoundError, SpotguardError, StoreAccessError
 from spotguard.ops.doctor.findings import Finding
 from spotguard.pipeline.history import read_history
+from spotguard.pipeline.identity import read_run
 from spotguard.pipeline.objects import read_record
 from spotguard.stores import LocalObjectStore, ObjectStore, PreflightStore, open_store
 
@@ -84,7 +85,7 @@ def examine_store(store: ObjectStore) -> list[Finding]:
 def _identity(store: ObjectStore) -> list[Finding]:
     """A run with checkpoints does not start without the record that says whose they are."""
     try:
-        read_record(store, RUN, lambda data: RunRecord.from_bytes(data, key=f"{store.uri}/{RUN}"))
+        read_run(store)
     except ObjectNotFoundError:
         text = f"{store.uri}/{RUN} is gone, and there are checkpoints: a start is refused"
     except SpotguardError as error:

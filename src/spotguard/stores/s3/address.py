@@ -37,6 +37,8 @@ class S3Address:
         Raises:
             ConfigError: It is no S3 URI, or it names a whole bucket: a run needs a prefix of its own.
         """
+        if not isinstance(uri, str):
+            raise ConfigError(f"uri={uri!r} is no text; write s3://bucket/run-17")
         scheme, _, rest = uri.partition("://")
         match = _ARN.fullmatch(rest)
         bucket, path = (match[1], match[2] or "") if match else (rest.partition("/")[0], rest.partition("/")[2])
