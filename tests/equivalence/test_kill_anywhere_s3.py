@@ -59,7 +59,7 @@ def test_sigterm_at_boundaries_of_a_run_in_a_bucket(case: Case, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(
-    ("case", "versions"), zip([*GRID, *MORE], itertools.cycle((True, False)), strict=False), ids=str
+    ("case", "versions"), list(zip([*GRID, *MORE], itertools.cycle((True, False)), strict=False)), ids=str
 )
 def test_three_kills_in_one_run_in_a_bucket(
     case: Case, versions: bool, tmp_path: Path, bucket: str, seaweedfs: S3Server

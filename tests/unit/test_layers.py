@@ -17,11 +17,11 @@ LAYERS = {
     "pipeline": 3,
     "guard": 4,
     **dict.fromkeys(["lightning", "fabric", "transformers", "dcp"], 5),
-    **dict.fromkeys(["ops", "rehearse", "cli"], 6),
+    **dict.fromkeys(["ops", "rehearse", "cli", "__main__"], 6),
     "testing": 3.5,  # contract suites and fakes: may use L0 to L3; nobody uses them but a rehearsal
 }
 WORDS = {"errors", "_time"}  # what all of L0 may use
-FRONT = {"cli"}  # the command line starts its neighbours
+FRONT = {"cli", "__main__"}  # the command line starts its neighbours
 
 
 def package_of(path: Path) -> str:
