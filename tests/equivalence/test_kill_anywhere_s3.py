@@ -18,6 +18,7 @@ CASES = [Case("shuffle", 0, 4), Case("generator", 2, 1), Case("stateful", 0, 1)]
 @pytest.fixture(autouse=True)
 def bucket(seaweedfs: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
     seaweedfs.use(monkeypatch)
+    monkeypatch.setattr("spotguard.stores.s3.preflight._said", {(seaweedfs.plain, "versions")})  # the warning
     return f"s3://{seaweedfs.versioned}/{secrets.token_hex(8)}"
 
 
