@@ -1,9 +1,11 @@
 """The commands, over a real run in a directory."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +193,28 @@ def test_resolve_says_that_a_start_is_refused_where_the_record_of_the_run_is_gon
         call("resolve", run)
     with pytest.raises(StoreError, match=r"no run.json"), SpotGuard(run, TrainState(model=torch.nn.Linear(1, 1))):
         pass
+
+
+def test_what_reads_every_byte_tells_how_many_there_are_and_comes_to_that(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards that checkpoints share are read, and counted, once."""
+    told: list[tuple[int | None, int]] = []
+
+    @contextlib.contextmanager
+    def bar(title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        counts: list[int] = []
+        yield counts.append
+        told.append((total, sum(counts)))
+
+    monkeypatch.setattr("spotguard.cli.app.bar", bar)
+    store = CheckpointStore(run)
+    for step in (400, 500):
+        store.save({"model": {"weight": [1.0]}}, step=step)  # the second is the same
+    call("verify", run)
+    call("verify", run, "200")
+    call("rollback", run, "--step", "200")
+    assert [total == done for total, done in told] == [True] * 3
+    sizes = [checkpoint.manifest.size for checkpoint in store.list()]
+    assert told[0][0] == sum(sizes[:4])
+    assert told[1][0] == told[2][0] == sizes[1]

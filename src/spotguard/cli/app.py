@@ -1,12 +1,13 @@
 """The commands. Tables for people, ``--json`` for programs; torch is not loaded for any of them but ``rehearse``."""
 
+import functools
 import io
 import sys
 from typing import Annotated
 
 import typer
 
-from spotguard.checkpoint import CheckpointId, ShardRecord
+from spotguard.checkpoint import CheckpointId, Manifest, ShardRecord
 from spotguard.checkpoint.layout import RUN, STOP
 from spotguard.cli.doctor import doctor_command
 from spotguard.cli.opening import existing_run
@@ -19,7 +20,7 @@ from spotguard.pipeline.checkpoint import Checkpoint, load_manifest
 from spotguard.pipeline.checkpoint_store import CheckpointStore
 from spotguard.pipeline.history import read_history
 from spotguard.pipeline.identity import read_run
-from spotguard.pipeline.objects import write_object
+from spotguard.pipeline.objects import together, write_object
 from spotguard.pipeline.restore import deleted_checkpoints, restore_checkpoint
 
 __all__ = ["app", "main"]
@@ -131,12 +132,18 @@ def verify_command(
     """Read every byte and compare it with the manifest. Exit status 1 if anything is damaged."""
     store = existing_run(uri)
     identities = read_history(store.objects).manifests if which == "all" else [_pick(store, which).manifest.id]
+    manifests = together(functools.partial(_manifest_or_damage, store), identities)
     results: list[dict[str, object]] = []
-    proven = set[ShardRecord]()
-    with bar("verifying") as advance:
-        for identity in identities:
+    proven, shards = (
+        set[ShardRecord](),
+        {shard for item in manifests if isinstance(item, Manifest) for shard in item.shards},
+    )
+    with bar("verifying", sum(shard.size for shard in shards)) as advance:
+        for identity, manifest in zip(identities, manifests, strict=True):
             try:
-                Checkpoint(store.objects, load_manifest(store.objects, identity)).verify(advance, proven=proven)
+                if isinstance(manifest, CheckpointDamagedError):
+                    raise manifest
+                Checkpoint(store.objects, manifest).verify(advance, proven=proven)
                 results.append({"checkpoint": str(identity), "whole": True, "reason": ""})
             except CheckpointDamagedError as error:
                 results.append({"checkpoint": str(identity), "whole": False, "reason": str(error)})
@@ -183,6 +190,13 @@ def resolve_command(
         print(chosen.id if chosen else "a fresh start: the run has no checkpoint yet")  # noqa: T201
 
 
+def _manifest_or_damage(store: CheckpointStore, identity: CheckpointId) -> Manifest | CheckpointDamagedError:
+    try:
+        return load_manifest(store.objects, identity)
+    except CheckpointDamagedError as error:
+        return error
+
+
 def _require_identity(store: CheckpointStore) -> None:
     """A start is refused by a run with checkpoints that has lost the record of whose they are."""
     try:
@@ -200,7 +214,7 @@ def rollback_command(
 ) -> None:
     """Resume from an older checkpoint from now on. Nothing is deleted; a running trainer is fenced off at its next save."""
     store = existing_run(uri)
-    with bar("verifying") as advance:
+    with bar("verifying", store.get(step).manifest.size) as advance:
         checkpoint = store.rollback(step=step, progress=advance)
     print(  # noqa: T201
         f"the next start resumes from {checkpoint.id} (step {checkpoint.step}): {checkpoint.manifest.parent}, committed again"

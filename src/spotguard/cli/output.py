@@ -64,10 +64,10 @@ def age(when: dt.datetime) -> str:
 
 
 @contextlib.contextmanager
-def bar(title: str) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error, on a terminal only; counts bytes."""
+def bar(title: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error, on a terminal only; counts bytes, up to the total where it is known."""
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(title, total=None)
+        task = progress.add_task(title, total=total)
         yield lambda count: progress.advance(task, count)
