@@ -97,7 +97,7 @@ def test_a_second_signal_ends_the_process_at_once_though_the_main_thread_is_stuc
 SLOW_TO_SAVE = """
 import os, signal, sys, time
 import torch
-import spotguard.guard.session as session
+import spotguard.guard.departure as departure
 from spotguard import SpotGuard, TrainState
 from spotguard.stores import LocalObjectStore
 
@@ -107,7 +107,7 @@ class Slow(LocalObjectStore):
             time.sleep(float(sys.argv[2]))
         return super().create(key, **how)
 
-session._LONG_S = 0.5
+departure._LONG_S = 0.5
 with SpotGuard(Slow(sys.argv[1]), TrainState(model=torch.nn.Linear(1, 1))) as guard:
     for step in guard.steps(10):
         if step == 3:

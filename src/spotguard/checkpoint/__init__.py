@@ -2,6 +2,16 @@
 
 from spotguard.checkpoint.digest import Digest, digest_of
 from spotguard.checkpoint.layout import CheckpointId
-from spotguard.checkpoint.records import Claim, ExitRecord, Manifest, RunRecord, ShardRecord
+from spotguard.checkpoint.records import Claim, ExitRecord, Manifest, RunRecord, ShardRecord, as_metrics
 
-__all__ = ["CheckpointId", "Claim", "Digest", "ExitRecord", "Manifest", "RunRecord", "ShardRecord", "digest_of"]
+__all__ = [
+    "CheckpointId",
+    "Claim",
+    "Digest",
+    "ExitRecord",
+    "Manifest",
+    "RunRecord",
+    "ShardRecord",
+    "as_metrics",
+    "digest_of",
+]

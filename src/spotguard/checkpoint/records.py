@@ -8,20 +8,37 @@ import datetime as dt
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_serializer
 
 from spotguard.checkpoint.layout import CheckpointId
-from spotguard.errors import CheckpointDamagedError, FormatTooNewError
+from spotguard.errors import CheckpointDamagedError, ConfigError, FormatTooNewError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["FORMAT", "Claim", "ExitRecord", "Manifest", "Record", "RunRecord", "ShardRecord"]
+__all__ = ["FORMAT", "Claim", "ExitRecord", "Manifest", "Record", "RunRecord", "ShardRecord", "as_metrics"]
 
 FORMAT = 1
 """Version of the layout and of the records. A higher one in a store is refused, never guessed at."""
+
+
+def as_metrics(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    """What the caller of a save gives to choose by, as a manifest takes it.
+
+    Raises:
+        ConfigError: It is no mapping of names to numbers.
+
+    Example:
+        >>> as_metrics({"val_loss": 1})
+        {'val_loss': 1.0}
+    """
+    try:
+        return {str(name): float(value) for name, value in dict(metrics or {}).items()}
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"save(metrics={metrics!r}): write names and numbers, as in {{'val_loss': 0.3}}") from error
 
 
 def _canonical(fields: dict[str, Any]) -> bytes:

@@ -134,10 +134,8 @@ def verify_command(
     identities = read_history(store.objects).manifests if which == "all" else [_pick(store, which).manifest.id]
     manifests = together(functools.partial(_manifest_or_damage, store), identities)
     results: list[dict[str, object]] = []
-    proven, shards = (
-        set[ShardRecord](),
-        {shard for item in manifests if isinstance(item, Manifest) for shard in item.shards},
-    )
+    proven = set[ShardRecord]()
+    shards = {shard for item in manifests if isinstance(item, Manifest) for shard in item.shards}
     with bar("verifying", sum(shard.size for shard in shards)) as advance:
         for identity, manifest in zip(identities, manifests, strict=True):
             try:

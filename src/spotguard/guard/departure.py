@@ -8,7 +8,7 @@ from spotguard._time import format_seconds
 from spotguard.errors import DeadlineExceededError
 from spotguard.events import Event, FinalSavePlanned
 from spotguard.guard.budget import Outlook
-from spotguard.guard.console import say
+from spotguard.guard.console import say, say_after
 from spotguard.guard.saver import Place, Saver
 from spotguard.notices import PreemptionNotice
 from spotguard.pipeline.writer import Writer
@@ -17,6 +17,7 @@ from spotguard.policies import FinalPlan, FinalSave, plan_final_save, with_margi
 __all__ = ["Departure"]
 
 _AGAIN_S = 1.0  # between two tries of the first save of a window, at the least
+_LONG_S = 15.0  # of a last save, before somebody who waits for it is told how to leave without
 _ROOM = 3.0  # a periodic save is made in a window that leaves so many times as long for training
 
 
@@ -78,6 +79,12 @@ class Departure:
 
     def execute(self, plan: FinalPlan, outlook: Outlook, place: Place) -> None:
         """Make the last save, or as much of it as there is time for."""
+        last = self._writer.checkpoint
+        left_with = f"checkpoint {last.id}, of step {last.step}" if last else "no checkpoint"
+        with say_after(_LONG_S, f"the last save is taking its time; another signal leaves at once, with {left_with}"):
+            self._execute(plan, outlook, place)
+
+    def _execute(self, plan: FinalPlan, outlook: Outlook, place: Place) -> None:
         in_time = True
         if plan.choice is FinalSave.FLUSH:
             in_time = self._writer.drain(_left(outlook), upkeep=False)

@@ -48,7 +48,7 @@ from spotguard.events import (
     TierUnreachable,
 )
 from spotguard.guard.budget import Budget, Outlook
-from spotguard.guard.console import say, say_after
+from spotguard.guard.console import say
 from spotguard.guard.ending import ASK_S, WRITE_S, Ending
 from spotguard.guard.event_log import EventLog
 from spotguard.guard.gate import Gate, join_rehearsal
@@ -71,7 +71,6 @@ __all__ = ["Loaded", "Session"]
 
 logger = logging.getLogger(__name__)
 
-_LONG_S = 15.0  # of a last save, before somebody who waits for it is told how to leave without
 _LOOK_S, _LOOK_FAR_S = 1.0, 5.0  # between two looks for a request to stop: on this machine, and across a network
 _open_runs: set[str] = set()
 
@@ -373,13 +372,7 @@ class Session:
         say(f"{notice.detail}: stopping at step {place.step}")
         departure = self._ending.departure
         self._ending.begin()
-        last = self.checkpoint
-        with say_after(
-            _LONG_S,
-            "the last save is taking its time; another signal leaves at once, with "
-            + (f"checkpoint {last.id}, of step {last.step}" if last else "no checkpoint"),
-        ):
-            departure.execute(plan, outlook, place)
+        departure.execute(plan, outlook, place)
         if self.writer.fenced is not None:
             raise self.writer.fenced  # to be started again would take the run away from whoever has it now
         if self.writer.error is not None and not isinstance(self.writer.error, DeadlineExceededError):

@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from spotguard.checkpoint import as_metrics
 from spotguard.errors import ConfigError
 from spotguard.events import EventHook
 from spotguard.guard.batches import Batches, length_of
@@ -159,13 +160,7 @@ class SpotGuard:
         Behind the inner loop, after a validation say, that is the end of the epoch: the checkpoint then holds what that code did.
         """
         saver = self._check_entered("save").saver
-        try:
-            asked = {str(name): float(value) for name, value in dict(metrics or {}).items()}
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"save(metrics={metrics!r}): write names and numbers, as in {{'val_loss': 0.3}}"
-            ) from error
-        saver.requested = {**(saver.requested or {}), **asked}
+        saver.requested = {**(saver.requested or {}), **as_metrics(metrics)}
         self._check_entered("save").raise_alert()
 
     @property

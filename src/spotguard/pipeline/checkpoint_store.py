@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from spotguard.checkpoint import CheckpointId
+from spotguard.checkpoint import CheckpointId, as_metrics
 from spotguard.errors import CheckpointDamagedError, CheckpointNotFoundError, ConfigError
 from spotguard.pipeline.checkpoint import Checkpoint, Progress, load_manifest
 from spotguard.pipeline.history import claim_and_look, open_run, read_history
@@ -13,7 +13,7 @@ from spotguard.pipeline.resolver import Resolution, resolve
 from spotguard.pipeline.restore import DeletedCheckpoint, deleted_checkpoints, restore_checkpoint
 from spotguard.pipeline.rollback import roll_back
 from spotguard.pipeline.sweeper import Known, SweepPlan, missing_metrics, sweep
-from spotguard.policies import RetentionPolicy, as_retention_policy
+from spotguard.policies import RetentionPolicy, as_retention_policy, metrics_of
 from spotguard.stores import ObjectStore, open_store
 
 __all__ = ["CheckpointStore", "LocalCheckpointStore"]
@@ -65,12 +65,7 @@ class CheckpointStore:
 
         if type(step) is not int or step < 0:
             raise ConfigError(f"save(step={step!r}): a step is a whole number, 0 or more")
-        try:
-            metrics = {str(name): float(value) for name, value in dict(metrics or {}).items()}
-        except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"save(metrics={metrics!r}): write names and numbers, as in {{'val_loss': 0.3}}"
-            ) from error
+        recorded = as_metrics(metrics)
         if not isinstance(members, Mapping):
             raise ConfigError(
                 f"save({type(members).__name__}): pass names and states, as in {{'model': model.state_dict()}}"
@@ -99,7 +94,7 @@ class CheckpointStore:
             attempt=self._attempt,
             sequence=sequence,
             previous=before,
-            metrics=metrics,
+            metrics=recorded,
         )
         self._previous = Checkpoint(self.objects, manifest)
         return self._previous
@@ -191,9 +186,10 @@ class CheckpointStore:
             ConfigError: The policy goes by a metric that no checkpoint has, though they have others: all but the newest would go.
         """
         policy, known = as_retention_policy(keep), Known()
-        manifests = known.read_manifests(self.objects, known.look(self.objects)).values()
-        if wrong := missing_metrics(policy, manifests):
-            raise ConfigError(f"{self.uri}, keep={policy}: {wrong}. Nothing has been deleted")
+        if metrics_of(policy):  # else there is nothing to be read for this
+            manifests = known.read_manifests(self.objects, known.look(self.objects)).values()
+            if wrong := missing_metrics(policy, manifests):
+                raise ConfigError(f"{self.uri}, keep={policy}: {wrong}. Nothing has been deleted")
         return sweep(self.objects, policy, owner=self._attempt, dry_run=dry_run, known=known)
 
     def _find(self, identity: "str | int") -> CheckpointId:

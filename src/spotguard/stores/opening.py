@@ -13,12 +13,9 @@ from spotguard.stores.memory import MemoryObjectStore
 
 __all__ = ["open_store"]
 
-_LOST_SLASH = re.compile(
-    r"[A-Za-z][A-Za-z0-9+.-]*:/"
-)  # "s3:/bucket/run" would be a directory that goes with the machine
-_LOST_MORE = re.compile(
-    r"(s3a?|gs|gcs|az|abfss?|hf)(:|//)|arn:", re.IGNORECASE
-)  # so would "s3:bucket/run", "s3//bucket/run", "arn:aws:s3:::bucket/run"
+# "s3:/bucket/run" would be a directory that goes with the machine; so would "s3:bucket/run", "s3//bucket/run", "arn:aws:s3:::bucket/run".
+_LOST_SLASH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+_LOST_MORE = re.compile(r"(s3a?|gs|gcs|az|abfss?|hf)(:|//)|arn:", re.IGNORECASE)
 _S3 = {"s3", "s3a"}
 _USUAL = ("file", "memory", "s3", "gs", "az", "abfs", "hf")
 

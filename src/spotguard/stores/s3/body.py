@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from spotguard.checkpoint import Digest
 from spotguard.stores.base import Progress
-from spotguard.stores.s3.pace import Pace, Stride
+from spotguard.stores.s3.throughput import Stride, Throughput
 
 __all__ = ["Body", "Piece", "send_as_it_is"]
 
@@ -31,17 +31,22 @@ class Body:
 
     Args:
         pieces: The bytes, in order.
-        pace: Of the connection.
+        throughput: Of the connection.
         check: Called between pieces; what it raises ends the request.
         hashes: Compute their CRC-64/NVME while they are sent. It is computed in any case where a digest wants it.
     """
 
     def __init__(
-        self, pieces: Sequence[Piece], pace: Pace, *, check: Callable[[], None] | None = None, hashes: bool = False
+        self,
+        pieces: Sequence[Piece],
+        throughput: Throughput,
+        *,
+        check: Callable[[], None] | None = None,
+        hashes: bool = False,
     ) -> None:
         self.pieces = tuple(pieces)
         self.size = sum(len(piece.data) for piece in self.pieces)
-        self._pace, self._check = pace, check
+        self._throughput, self._check = throughput, check
         self._hashes = hashes or any(piece.digest is not None for piece in self.pieces)
         self._seen: list[Digest] | None = None  # what was hashed, of each piece
         self._before = False  # that was done before anything was sent
@@ -113,7 +118,7 @@ class Body:
         if self._hashes and not self._before:
             self._seen = [Digest() for _ in self.pieces]
         if self._stride is None:
-            self._stride = Stride(self._pace)
+            self._stride = Stride(self._throughput)
         else:
             self._stride.restart()
         for number, piece in enumerate(self.pieces):

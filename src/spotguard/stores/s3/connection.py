@@ -20,7 +20,7 @@ from spotguard.stores.s3.address import S3Address
 from spotguard.stores.s3.body import send_as_it_is
 from spotguard.stores.s3.errors import translate
 from spotguard.stores.s3.options import S3Options
-from spotguard.stores.s3.pace import Pace
+from spotguard.stores.s3.throughput import Throughput
 
 __all__ = ["Answer", "Connection"]
 
@@ -61,7 +61,7 @@ class Connection:
     def __init__(self, address: S3Address, options: S3Options, session: Any = None) -> None:
         self.address, self.options, self._session = address, options, session
         self._client: tuple[int, Any] | None = None
-        self.up, self.down = (Pace(options.connections, options.part_size) for _ in range(2))
+        self.up, self.down = (Throughput(options.connections, options.part_size) for _ in range(2))
         self.wants_part_checksums = False
         self._said = float("-inf")  # when a wait was last told of
 

@@ -11,7 +11,7 @@ from spotguard.stores.base import Progress
 from spotguard.stores.s3.connection import Answer, Connection
 from spotguard.stores.s3.errors import NotOfferedError
 from spotguard.stores.s3.lanes import Lanes
-from spotguard.stores.s3.pace import Stride
+from spotguard.stores.s3.throughput import Stride
 
 if TYPE_CHECKING:
     from types import TracebackType
